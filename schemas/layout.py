@@ -1,0 +1,148 @@
+"""Where a store keeps what, and in which shape. A store is a folder that is a Zarr v3 group:
+
+    STORE/zarr.json                        model, recipe, versions              (written last when a store is made)
+    STORE/basis/                           what depends on the weights alone
+    STORE/batches/NAME/                    one array per captured thing, dense over the batch's images
+    STORE/batches/NAME/heads/c/SHARD/...   one object per array and shard
+    STORE/images/NAME/SHARD.parquet        one row per image; its presence is what makes the shard exist
+    STORE/.staging/                        unfinished work, nobody reads it
+
+Row ``i`` of a batch's arrays is the row ``i`` of its image table. A float that was not written reads as NaN.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+
+from schemas.errors import PlanError
+from schemas.manifest import Batch, Model
+from schemas.recipe import Recipe
+
+BATCHES: Final = "batches"
+BASIS: Final = "basis"
+IMAGES: Final = "images"
+STAGING: Final = ".staging"
+
+_BATCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_CHUNK_BYTES: Final = 512 * 1024
+_CHUNK_IMAGES: Final = 1024
+_SHARD_BYTES: Final = 256 * 1024**2
+_SHARD_IMAGES: Final = 4096
+_SHARD_STEP: Final = 256
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a batch: its first dimension is the image, the others are named here."""
+
+    name: str
+    dtype: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]  # of the other dimensions, as one query reads them
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image, uncompressed."""
+        return _items(self.shape) * int(self.dtype.removeprefix("float")) // 8
+
+
+def array_specs(model: Model, recipe: Recipe) -> tuple[ArraySpec, ...]:
+    """The arrays of each batch of a store."""
+    layers, heads, width, dim = model.layers, model.heads, model.coefficients, model.dim
+    specs = [
+        ArraySpec("representation", "float32", ("dim",), (dim,), (dim,)),
+        ArraySpec("constants", "float32", ("term",), (model.terms,), (model.terms,)),
+    ]
+    captured = {
+        "heads": [("heads", ("layer", "head", "coefficient"), (layers, heads, width), (1, 1, width))],
+        "mlps": [
+            ("mlps", ("layer", "dim"), (layers, dim), (1, dim)),
+            ("embedding", ("dim",), (dim,), (dim,)),
+        ],
+        "cls_to_cls": [("cls_to_cls", ("layer", "dim"), (layers, dim), (1, dim))],
+        "tokens": [
+            (
+                "tokens",
+                ("layer", "head", "token", "coefficient"),
+                (layers, heads, model.tokens, width),
+                (1, 1, model.tokens, width),
+            )
+        ],
+    }
+    for capture in recipe.capture:
+        specs += [ArraySpec(name, recipe.dtype, *sizes) for name, *sizes in captured[capture]]
+    return tuple(specs)
+
+
+def image_bytes(specs: tuple[ArraySpec, ...]) -> int:
+    """Bytes of one image over all arrays, uncompressed."""
+    return sum(spec.image_bytes for spec in specs)
+
+
+def shard_images(specs: tuple[ArraySpec, ...], wanted: int | None, images: int) -> int:
+    """How many images a shard of a batch holds: what was ``wanted``, or as many as fit 256 MiB.
+
+    Sizes past 256 are rounded up to a multiple of it, so that a shard divides into chunks of many images.
+    """
+    size = wanted or max(1, min(_SHARD_IMAGES, _SHARD_BYTES // image_bytes(specs)))
+    size = min(size, images)
+    return size if size <= _SHARD_STEP else -(-size // _SHARD_STEP) * _SHARD_STEP
+
+
+def create_array(store: Store, path: str, spec: ArraySpec, batch: Batch) -> zarr.Array[Any]:
+    """Makes one array of a batch, empty: in the store itself, or in memory to encode a shard."""
+    inner = (_chunk_images(spec, batch.shard_images), *spec.chunk)
+    codecs = [BytesCodec(), BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
+    return zarr.create_array(
+        store,
+        name=path,
+        shape=(batch.images, *spec.shape),
+        dtype=spec.dtype,
+        chunks=(batch.shard_images, *spec.shape),
+        serializer=ShardingCodec(chunk_shape=inner, codecs=codecs),
+        compressors=None,
+        filters=None,
+        fill_value=float("nan"),
+        dimension_names=("image", *spec.dims),
+        config={"write_empty_chunks": True},
+    )
+
+
+def shard_key(spec: ArraySpec, shard: int) -> str:
+    """The object that holds one shard of an array, below the array."""
+    return "/".join(["c", str(shard), *("0" for _ in spec.shape)])
+
+
+def record_path(batch: str, shard: int) -> Path:
+    """The Parquet file that makes a shard exist, below the store."""
+    return Path(IMAGES) / batch / f"{shard:06d}.parquet"
+
+
+def check_batch_name(name: str) -> str:
+    """``name``, if it can name a folder and be typed.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    if not _BATCH_NAME.fullmatch(name):
+        raise PlanError(f"{name!r} cannot name a batch: use up to 100 letters, digits, '.', '_', '-', not '.' first")
+    return name
+
+
+def _chunk_images(spec: ArraySpec, shard: int) -> int:
+    itemsize = int(spec.dtype.removeprefix("float")) // 8
+    most = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (_items(spec.chunk) * itemsize)))
+    return max(size for size in range(1, min(most, shard) + 1) if shard % size == 0)
+
+
+def _items(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,119 @@
+"""What a store and its batches say about themselves, kept in the attributes of their Zarr groups."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Self
+
+from schemas.recipe import Recipe
+
+FORMAT: Final = 1
+KEY: Final = "spectrograph"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The image encoder behind a store, and the sizes that follow from it."""
+
+    name: str
+    pretrained: str | None
+    fingerprint: str  # SHA-256 of all weights
+    family: str  # "vit"
+    layers: int
+    heads: int
+    coefficients: int  # numbers per head
+    tokens: int
+    dim: int  # of the joint image-text space
+    terms: int  # constants per image
+    config: Mapping[str, Any]  # open_clip's
+    preprocessing: Mapping[str, Any]  # open_clip's
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a store's attributes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A store's own description: enough to read it without the code that wrote it."""
+
+    model: Model
+    recipe: Recipe
+    libraries: Mapping[str, str]
+    created: str  # ISO 8601, UTC
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes of the root group."""
+        return {
+            KEY: {
+                "format": FORMAT,
+                "created": self.created,
+                "model": self.model.to_json(),
+                "recipe": self.recipe.to_json(),
+                "libraries": dict(self.libraries),
+            }
+        }
+
+    @classmethod
+    def from_json(cls, attributes: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; a ``KeyError`` where something is missing."""
+        values = attributes[KEY]
+        return cls(
+            Model.from_json(values["model"]),
+            Recipe.from_json(values["recipe"]),
+            values["libraries"],
+            values["created"],
+        )
+
+    def differences(self, model: Model, recipe: Recipe) -> list[str]:
+        """What would make another model or recipe write other numbers into this store, in words."""
+        pairs = [
+            ("model weights", self.model.fingerprint[:12], model.fingerprint[:12]),
+            ("model config", _plain(self.model.config), _plain(model.config)),
+            ("preprocessing", _plain(self.model.preprocessing), _plain(model.preprocessing)),
+            ("capture", ",".join(self.recipe.capture), ",".join(recipe.capture)),
+            ("dtype", self.recipe.dtype, recipe.dtype),
+            ("precision", self.recipe.precision, recipe.precision),
+        ]
+        return [f"{what} {here} in the store, {there} asked for" for what, here, there in pairs if here != there]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A named group of images, listed once and then written shard by shard."""
+
+    source: str
+    images: int
+    shard_images: int
+    listing: str  # SHA-256 of the listing: names, labels and extra columns
+    created: str  # ISO 8601, UTC
+
+    @property
+    def shards(self) -> int:
+        """How many shards hold the batch."""
+        return -(-self.images // self.shard_images)
+
+    def rows(self, shard: int) -> range:
+        """The rows of the batch that one shard holds."""
+        first = shard * self.shard_images
+        return range(first, min(first + self.shard_images, self.images))
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes of the batch's group."""
+        return {KEY: asdict(self)}
+
+    @classmethod
+    def from_json(cls, attributes: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; a ``KeyError`` where something is missing."""
+        return cls(**{field.name: attributes[KEY][field.name] for field in fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    """JSON turns tuples into lists: compare what was read with what would be written."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

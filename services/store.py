@@ -1,0 +1,343 @@
+"""Reading a store: contributions of chosen components and images, from the chunks that hold them and no others.
+
+Letters: N images, L layers, H heads, T tokens, R coefficients of a head, D joint space.
+"""
+
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
+from schemas.errors import ComponentError, DamagedStoreError, SelectionError
+from schemas.manifest import Manifest
+from schemas.store import StoreFolder
+from schemas.tables import IMAGE_COLUMNS
+from services.contributions import Basis, Contributions, Floats, View, shared_out
+
+Index = int | slice | Sequence[int] | None
+Indices = NDArray[np.intp]
+
+
+def open_store(path: str | os.PathLike[str]) -> "Store":
+    """The store at ``path``, as far as it is written: a store that is still growing shows its finished shards.
+
+    Raises:
+        NotAStoreError: there is none.
+        DamagedStoreError: it cannot be read.
+    """
+    return Store(StoreFolder.open(Path(path)))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The wanted images of one shard."""
+
+    batch: str
+    shard: int
+    rows: Indices  # of the batch's arrays, ascending
+    places: Indices  # of the result
+
+
+class Store:
+    """Contributions and facts of the images in a store.
+
+    Every method that returns arrays has one row per image: those of ``images``, a sequence of image ids, in its order; or,
+    by default, all stored images, in the order of ``store.images()``. ``layer`` and ``head`` take a number, a slice or a
+    sequence; a number drops the dimension, ``None`` stands for all. Views are explained in `services.contributions`.
+    """
+
+    def __init__(self, folder: StoreFolder) -> None:
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        return f"<Store {str(self.folder.path)!r}: {self._table.num_rows} images>"
+
+    @property
+    def manifest(self) -> Manifest:
+        """The model, the recipe and the versions behind the store."""
+        return self.folder.manifest
+
+    def batches(self) -> list[str]:
+        """The names of the batches."""
+        return self.folder.batch_names()
+
+    def images(self) -> pa.Table:
+        """One row per stored image: ids, where it came from, labels and the source's own columns."""
+        return self._table.drop_columns(["shard", "error"])
+
+    def failures(self) -> pa.Table:
+        """One row per image that could not be stored, with the reason in ``error``."""
+        table = self._everything
+        return table.filter(pa.compute.is_valid(table["error"])).drop_columns(["shard"])
+
+    def components(self) -> list[Component]:
+        """Every component whose contribution is stored, in the order in which the model applies them."""
+        model, arrays = self.manifest.model, self.folder.specs
+        found: list[Component] = [Embedding()] if "embedding" in arrays else []
+        for layer in range(model.layers):
+            if "heads" in arrays:
+                found += [Head(layer, head) for head in range(model.heads)]
+            if "mlps" in arrays:
+                found.append(Mlp(layer))
+        return [*found, Constant()]
+
+    def representation(self, *, images: Iterable[str] | None = None) -> Contributions:
+        """The image encoder's output before it is normalised. (N, D)"""
+        return self._read("representation", self._chosen(images), ())
+
+    def heads(
+        self, *, layer: Index = None, head: Index = None, images: Iterable[str] | None = None, view: View = "plain"
+    ) -> Contributions:
+        """Contributions of attention heads. (N, L, H, D)
+
+        Raises:
+            SelectionError: no such layer, head or image.
+            ComponentError: the store did not capture heads.
+            DamagedStoreError: something recorded cannot be read.
+        """
+        layers, heads = self._layers(layer), self._heads(head)
+        chosen = self._chosen(images)
+        plain = self._basis.heads_of(self._read("heads", chosen, (layers, heads)), layers, heads)
+        if _is_reference(view):
+            share = self._basis.layer_share(self._constants(chosen), layers)[:, :, None]
+            plain = shared_out(plain, share, self.manifest.model.heads, self._norms(chosen))
+        return _squeeze(plain, layer, head)
+
+    def mlps(
+        self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain"
+    ) -> Contributions:
+        """Contributions of MLPs. (N, L, D); raises as `heads` does."""
+        chosen = self._chosen(images)
+        plain = self._read("mlps", chosen, (self._layers(layer),))
+        return _squeeze(self._with_norm_share(plain, chosen, view), layer)
+
+    def embedding(self, *, images: Iterable[str] | None = None, view: View = "plain") -> Contributions:
+        """What enters the first block. (N, D); raises as `heads` does."""
+        chosen = self._chosen(images)
+        return self._with_norm_share(self._read("embedding", chosen, ()), chosen, view)
+
+    def constant(self, *, images: Iterable[str] | None = None) -> Contributions:
+        """What is left: the sum of all contributions in the plain view and this is the representation. (N, D)"""
+        return self._basis.constant(self._constants(self._chosen(images)))
+
+    def cls_to_cls(
+        self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain"
+    ) -> Contributions:
+        """What the class token's attention to itself adds, all heads of a layer together. (N, L, D); raises as `heads`."""
+        layers, chosen = self._layers(layer), self._chosen(images)
+        plain = self._read("cls_to_cls", chosen, (layers,))
+        if _is_reference(view):
+            share = self._basis.layer_share(self._constants(chosen), layers)
+            plain = shared_out(plain, share, self.manifest.model.tokens, self._norms(chosen))
+        return _squeeze(plain, layer)
+
+    def tokens(
+        self, *, layer: Index = None, head: Index = None, images: Iterable[str] | None = None, view: View = "plain"
+    ) -> Contributions:
+        """What each head adds from each token, the class token first. (N, L, H, T, D); raises as `heads` does."""
+        layers, heads = self._layers(layer), self._heads(head)
+        model, chosen = self.manifest.model, self._chosen(images)
+        plain = self._basis.heads_of(self._read("tokens", chosen, (layers, heads)), layers, heads)
+        if _is_reference(view):
+            share = self._basis.layer_share(self._constants(chosen), layers)[:, :, None, None]
+            plain = shared_out(plain, share, model.heads * model.tokens, self._norms(chosen))
+        return _squeeze(plain, layer, head)
+
+    def contribution(
+        self, component: Component | str, *, images: Iterable[str] | None = None, view: View = "plain"
+    ) -> Contributions:
+        """The contribution of one component, by name: ``store.contribution("head:5.2")``. (N, D)
+
+        Raises:
+            ComponentError: the name means nothing, or the store does not hold such a component.
+        """
+        match parse(component) if isinstance(component, str) else component:
+            case Head(layer, head):
+                return self.heads(layer=layer, head=head, images=images, view=view)
+            case Mlp(layer):
+                return self.mlps(layer=layer, images=images, view=view)
+            case Embedding():
+                return self.embedding(images=images, view=view)
+            case Constant() if _is_reference(view):
+                raise ComponentError("the references' view shares the constant out: ask for it with view='plain'")
+            case Constant():
+                return self.constant(images=images)
+            case other:
+                raise ComponentError(f"{self.folder.path} does not hold {other}; it holds heads, MLPs and the embedding")
+
+    def coefficients(self, array: str, *, images: Iterable[str] | None = None) -> Floats:
+        """One array as it is stored, all of it: ``heads`` (N, L, H, R), ``mlps`` (N, L, D) and so on."""
+        return self._read(array, self._chosen(images), (), as_stored=True)
+
+    # What follows reads.
+
+    @cached_property
+    def _everything(self) -> pa.Table:
+        """One row per seen image, of every recorded shard."""
+        tables = []
+        for batch in self.batches():
+            for shard in self.folder.shards(batch):
+                table = self.folder.record(batch, shard)
+                tables.append(table.append_column("shard", pa.array([shard] * table.num_rows, pa.int64())))
+        if not tables:
+            return pa.schema([*IMAGE_COLUMNS, pa.field("shard", pa.int64())]).empty_table()
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        """One row per stored image."""
+        return self._everything.filter(pa.compute.is_null(self._everything["error"]))
+
+    @cached_property
+    def _basis(self) -> Basis:
+        return Basis(*(self.folder.basis(name)[:] for name in ("heads", "norm_terms", "bias_terms")))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self._table["image_id"].to_pylist())}
+
+    def _chosen(self, images: Iterable[str] | None) -> Indices | None:
+        """Places of images in the table of stored images."""
+        if images is None:
+            return None
+        names = [images] if isinstance(images, str) else list(images)
+        unknown = [name for name in names if name not in self._places]
+        if unknown:
+            raise SelectionError(f"{self.folder.path} stores no image {unknown[0]!r}; ids look like {self._example()}")
+        return np.array([self._places[name] for name in names], np.intp)
+
+    def _example(self) -> str:
+        return repr(self._table["image_id"][0].as_py()) if self._table.num_rows else "BATCH/NAME"
+
+    def _layers(self, index: Index) -> Indices:
+        return _positions(index, self.manifest.model.layers, "layer")
+
+    def _heads(self, index: Index) -> Indices:
+        return _positions(index, self.manifest.model.heads, "head")
+
+    def _constants(self, chosen: Indices | None) -> Floats:
+        return self._read("constants", chosen, ())
+
+    def _norms(self, chosen: Indices | None) -> Floats:
+        return np.linalg.norm(self._read("representation", chosen, ()), axis=1).astype(np.float32)
+
+    def _with_norm_share(self, plain: Contributions, chosen: Indices | None, view: View) -> Contributions:
+        if not _is_reference(view):
+            return plain
+        share = self._basis.norm_share(self._constants(chosen))
+        return shared_out(plain, share[:, None] if plain.ndim == 3 else share, 1, self._norms(chosen))
+
+    def _spec_shape(self, array: str) -> tuple[int, ...]:
+        if array not in self.folder.specs:
+            captured = ", ".join(self.manifest.recipe.capture)
+            raise ComponentError(f"{self.folder.path} captured {captured}, not {array}: ingest with --capture {array}")
+        return self.folder.specs[array].shape
+
+    def _read(
+        self,
+        array: str,
+        chosen: Indices | None,
+        selection: tuple[Indices, ...],
+        *,
+        as_stored: bool = False,
+    ) -> Any:
+        """Rows of an array, its next dimensions narrowed by ``selection``, in float32 unless as stored."""
+        shape = self._spec_shape(array)
+        kept = (*(len(indices) for indices in selection), *shape[len(selection) :])
+        dtype = self.folder.specs[array].dtype if as_stored else "float32"
+        blocks = list(self._blocks(chosen))
+        found = np.empty((sum(len(block.rows) for block in blocks), *kept), dtype)
+        for block in blocks:
+            found[block.places] = self._read_block(array, block, selection)
+        return found
+
+    def _blocks(self, chosen: Indices | None) -> Iterator[_Block]:
+        """The chosen images by shard, so that each shard is read once and a damaged one can be named."""
+        table = self._table if chosen is None else self._table.take(pa.array(chosen))
+        batches = table["batch"].to_numpy(zero_copy_only=False)
+        shards, rows = table["shard"].to_numpy(), table["row"].to_numpy()
+        for batch in sorted(set(batches)):
+            for shard in np.unique(shards[batches == batch]):
+                places = np.flatnonzero((batches == batch) & (shards == shard))
+                order = np.argsort(rows[places], kind="stable")
+                yield _Block(batch, int(shard), rows[places][order], places[order])
+
+    def _read_block(self, array: str, block: _Block, selection: tuple[Indices, ...]) -> Floats:
+        spec = self.folder.specs[array]
+        file = self.folder.shard_path(block.batch, spec, block.shard)
+        try:
+            if not file.is_file():
+                raise DamagedStoreError(f"{file} is missing, although its shard is recorded: run 'spectrograph verify'")
+            source = self.folder.array(block.batch, array)
+            narrow = tuple(_narrowest(indices) for indices in selection)
+            runs = np.split(block.rows, np.flatnonzero(np.diff(block.rows) > _chunk_rows(source)) + 1)
+            return np.concatenate([_read_run(source, run, narrow) for run in runs])
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, DamagedStoreError):
+                raise
+            raise DamagedStoreError(f"{file} is damaged ({error}): run 'spectrograph verify'") from error
+
+
+def _chunk_rows(array: Any) -> int:
+    return int(array.chunks[0])
+
+
+def _read_run(array: Any, rows: Indices, narrow: tuple[slice | Indices, ...]) -> Floats:
+    """Rows of one array that lie so close together that the chunks between them are few."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    block: Floats = array.oindex[(slice(first, last), *narrow)] if narrow else array[first:last]
+    return block if np.array_equal(rows, np.arange(first, last)) else block[rows - first]
+
+
+def _narrowest(indices: Indices) -> slice | Indices:
+    """A slice where one will do: it spares the store an index for every element."""
+    if not len(indices):
+        return slice(0, 0)
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    return slice(first, last) if np.array_equal(indices, np.arange(first, last)) else indices
+
+
+def _positions(index: Index, size: int, what: str) -> Indices:
+    """What an index selects among ``size``; negative numbers count from the end."""
+    every = np.arange(size)
+    if index is None:
+        return every
+    if isinstance(index, slice):
+        return every[index]
+    numbers = np.atleast_1d(np.asarray(index))
+    if numbers.dtype.kind != "i" or numbers.ndim != 1:
+        raise SelectionError(f"{index!r} selects no {what}: give a number, a slice or a sequence of numbers")
+    wrong = [int(number) for number in numbers if not -size <= number < size]
+    if wrong:
+        raise SelectionError(f"there is no {what} {wrong[0]}: this model has {what}s 0 to {size - 1}")
+    return every[numbers]
+
+
+def _squeeze(values: Contributions, *indices: Index) -> Contributions:
+    """Drops the dimensions, from the second on, that were selected by one number."""
+    drop = tuple(axis for axis, index in enumerate(indices, start=1) if _is_number(index))
+    return values.squeeze(drop)
+
+
+def _is_number(index: Index) -> bool:
+    if index is None or isinstance(index, slice | Sequence):
+        return False
+    try:
+        operator.index(index)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_reference(view: View) -> bool:
+    if view not in ("plain", "reference"):
+        raise SelectionError(f"{view!r} is no view: choose 'plain' or 'reference'")
+    return view == "reference"

@@ -1,0 +1,181 @@
+"""The main job: images in, shards of coefficients out.
+
+Decoding (threads), the model (this thread) and writing (one thread) overlap. What is held in memory is a window of
+decoded images, the shard being filled and the shard being written, however many images there are.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import PrecisionError
+from schemas.layout import ArraySpec
+from schemas.store import StoreFolder
+from schemas.tables import image_schema
+from workers.decoding import Decoded, FileFacts, decode_file
+from workers.planning import Plan
+from workers.shards import BasisArray, create_batch, create_store, write_shard
+from workers.staging import Staging, staging
+from workers.vit import Basis
+
+_WINDOW_BATCHES: Final = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the whole batch came to, earlier runs included: ``seen = stored + failed``."""
+
+    seen: int
+    stored: int
+    failed: int
+    written_bytes: int  # in this run
+
+
+class Progress(Protocol):
+    """Hears how an ingest gets on."""
+
+    def encoded(self, images: int, failed: int) -> None:
+        """So many more images were taken, so many of which failed."""
+        ...
+
+    def wrote(self, size: int) -> None:
+        """One more shard is recorded, of so many bytes."""
+        ...
+
+
+def run_ingest(plan: Plan, progress: Progress) -> Outcome:
+    """Writes the pending shards of a plan. Stopped at any moment, a new plan of the same request completes the rest.
+
+    Raises:
+        StoreError: the disk refused, or another process is at work on the batch.
+        PrecisionError: a number does not fit the store's dtype.
+    """
+    name = plan.request.batch
+    folder = create_store(plan.request.store, plan.manifest, _basis_arrays(plan.decomposition.basis))
+    with staging(folder.path, name) as area:
+        if plan.is_new:
+            create_batch(folder, area, name, plan.batch)
+        written = _write_pending(plan, folder, area, progress)
+    shards = folder.shards(name)
+    seen = sum(len(plan.batch.rows(shard)) for shard in shards)
+    failed = sum(folder.record(name, shard)["error"].drop_null().length() for shard in shards)
+    return Outcome(seen, seen - failed, failed, written)
+
+
+def _write_pending(plan: Plan, folder: StoreFolder, area: Staging, progress: Progress) -> int:
+    written = 0
+    in_flight: Future[int] | None = None
+    with ThreadPoolExecutor(1, "write") as writer, closing(_decoded(plan)) as images:
+        for shard in plan.pending:
+            filled = _fill(plan, folder.specs, shard, images, progress)
+            if in_flight is not None:
+                written += _finish(in_flight, progress)
+            in_flight = writer.submit(write_shard, folder, area, plan.request.batch, shard, filled.arrays, filled.table(plan))
+        if in_flight is not None:
+            written += _finish(in_flight, progress)
+    return written
+
+
+def _finish(in_flight: Future[int], progress: Progress) -> int:
+    size = in_flight.result()
+    progress.wrote(size)
+    return size
+
+
+def _decoded(plan: Plan) -> Iterator[Decoded]:
+    """The images of all pending shards in order, decoded ahead of their use by a bounded window."""
+    rows = (row for shard in plan.pending for row in plan.batch.rows(shard))
+    window: deque[Future[Decoded]] = deque()
+    decoders = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "decode")
+    try:
+        for row in rows:
+            window.append(decoders.submit(decode_file, plan.listing.path(row), plan.loaded.preprocess))
+            if len(window) > _WINDOW_BATCHES * plan.request.batch_size:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+    finally:
+        decoders.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard being filled; what is not filled stays NaN."""
+
+    rows: range
+    arrays: dict[str, NDArray[np.floating[Any]]]
+    facts: list[FileFacts]
+
+    @classmethod
+    def empty(cls, rows: range, specs: Mapping[str, ArraySpec]) -> "_Shard":
+        arrays = {name: np.full((len(rows), *spec.shape), np.nan, spec.dtype) for name, spec in specs.items()}
+        return cls(rows, arrays, [])
+
+    def put(self, positions: list[int], found: Mapping[str, torch.Tensor]) -> None:
+        """Stores a batch's numbers; images whose numbers are no numbers become failures."""
+        finite = torch.isfinite(found["representation"]).all(dim=1).cpu().numpy()  # (B,)
+        for position in np.asarray(positions)[~finite]:
+            self.facts[position] = replace(self.facts[position], error="the model's output is not finite")
+        rows = np.asarray(positions)[finite]
+        for name, array in self.arrays.items():
+            values = found[name].cpu().numpy()[finite]
+            with np.errstate(over="ignore"):
+                array[rows] = values
+            _check_overflow(name, array, rows, values)
+
+    def table(self, plan: Plan) -> pa.Table:
+        """The shard's image table."""
+        listing, batch = plan.listing, plan.request.batch
+        names = [listing.name(row) for row in self.rows]
+        facts = {name: [asdict(fact)[name] for fact in self.facts] for name in asdict(FileFacts())}
+        columns = {
+            "image_id": [f"{batch}/{name}" for name in names],
+            "batch": [batch] * len(names),
+            "row": list(self.rows),
+            "source": [f"{plan.batch.source}/{name}" for name in names],
+            "label": listing.labels[self.rows.start : self.rows.stop],
+            **facts,
+        }
+        extra = listing.extra.slice(self.rows.start, len(self.rows))
+        columns |= {name: extra[name] for name in extra.column_names}
+        return pa.table(columns, schema=image_schema(extra.schema))
+
+
+def _fill(
+    plan: Plan, specs: Mapping[str, ArraySpec], shard: int, images: Iterator[Decoded], progress: Progress
+) -> _Shard:
+    filling = _Shard.empty(plan.batch.rows(shard), specs)
+    size = plan.request.batch_size
+    for start in range(0, len(filling.rows), size):
+        positions = range(start, min(start + size, len(filling.rows)))
+        decoded = [next(images) for _ in positions]
+        filling.facts.extend(image.facts for image in decoded)
+        usable = {at: image.pixels for at, image in zip(positions, decoded, strict=True) if image.pixels is not None}
+        if usable:
+            pixels = torch.stack(list(usable.values())).to(plan.loaded.device)  # (B, 3, height, width)
+            filling.put(list(usable), plan.decomposition.encode(pixels))
+        progress.encoded(len(positions), sum(filling.facts[at].error is not None for at in positions))
+    return filling
+
+
+def _check_overflow(name: str, array: NDArray[Any], rows: NDArray[Any], values: NDArray[Any]) -> None:
+    if len(rows) and not np.isfinite(array[rows]).all() and np.isfinite(values).all():
+        largest = float(np.abs(values).max())
+        raise PrecisionError(f"{name} reach {largest:.3g}, which overflows {array.dtype}: use another store with --dtype float32")
+
+
+def _basis_arrays(basis: Basis) -> dict[str, BasisArray]:
+    return {
+        "heads": BasisArray(basis.heads, ("layer", "head", "coefficient", "dim")),
+        "norm_terms": BasisArray(basis.norm_terms, ("term", "dim")),
+        "bias_terms": BasisArray(basis.bias_terms, ("layer", "term", "dim")),
+    }

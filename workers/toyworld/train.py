@@ -1,0 +1,163 @@
+"""Trains the shipped toy models: ``python -m workers.toyworld.train vit FOLDER`` (or ``resnet``).
+
+The loss is open_clip's contrastive loss. A full caption is found among a batch's others by its colour and background
+alone, so a model trained on full captions learns shapes late or never. Here the captions of a batch name the same few
+attributes, mostly the shape and two or three others, so that each of them is needed.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from workers.toyworld.attributes import VALUES, Attributes, World, prompts
+from workers.toyworld.scenes import SIDE, scene
+
+log = logging.getLogger("train")
+
+TRAIN_SEED: Final = 1
+HELD_OUT_SEED: Final = 2
+TEXT: Final = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+VISION: Final[dict[str, dict[str, Any]]] = {
+    "vit": {"image_size": SIDE, "layers": 6, "width": 128, "head_width": 32, "patch_size": 8},
+    "resnet": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+}
+MEAN, STD = (0.45, 0.45, 0.45), (0.27, 0.27, 0.27)
+
+Indices = NDArray[np.int64]
+
+
+def main() -> None:
+    """Parses the command line, trains, evaluates what was written."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kind", choices=sorted(VISION))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--held-out", type=int, default=2_000)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        format="%(message)s",
+        level=logging.INFO,
+        handlers=[logging.StreamHandler(), logging.FileHandler(args.folder / "train.log", mode="w")],
+    )
+    log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "folder"})
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=64, vision_cfg=VISION[args.kind], text_cfg=TEXT)
+    train, held_out = _scenes(TRAIN_SEED, args.scenes), _scenes(HELD_OUT_SEED, args.held_out)
+    _fit(model, train, held_out, args)
+    _write(model, args.kind, train[1], args.folder)
+    shipped, _, _ = open_clip.create_model_and_transforms(f"local-dir:{args.folder}")
+    log.info("as shipped, on %d held-out scenes: %s", args.held_out, _accuracies(shipped.eval(), *held_out))
+
+
+def _scenes(seed: int, count: int) -> tuple[torch.Tensor, list[Attributes]]:
+    scenes = [scene(World(), seed=seed, index=i) for i in range(count)]
+    pictures = np.stack([s.picture for s in scenes]).transpose(0, 3, 1, 2)  # (N, 3, H, W)
+    return torch.from_numpy(np.ascontiguousarray(pictures)), [s.attributes for s in scenes]
+
+
+def _fit(
+    model: torch.nn.Module,
+    train: tuple[torch.Tensor, list[Attributes]],
+    held_out: tuple[torch.Tensor, list[Attributes]],
+    args: argparse.Namespace,
+) -> None:
+    pictures, attributes = train
+    tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+    loss_of = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.98))
+    rng = np.random.default_rng(0)
+    started = time.monotonic()
+    for step, (chosen, captions) in enumerate(_batches(attributes, args.batch_size, args.steps, rng)):
+        warm = min(1.0, (step + 1) / 200)
+        optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        texts = tokenizer(captions)  # (B, context)
+        images = _normalise(pictures[torch.from_numpy(chosen)])  # (B, 3, H, W)
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, scale = model(images, texts)
+        loss = loss_of(image.float(), text.float(), scale)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        if step % 500 == 499:
+            model.eval()
+            found = _accuracies(model, held_out[0][:500], held_out[1][:500])
+            model.train()
+            log.info("step %d, %.0f s, loss %.3f: %s", step + 1, time.monotonic() - started, loss.item(), found)
+
+
+def _batches(
+    attributes: list[Attributes], size: int, steps: int, rng: np.random.Generator
+) -> Iterator[tuple[Indices, list[str]]]:
+    """Indices and captions of each batch's scenes; no caption occurs twice in a batch."""
+    for _ in range(steps):
+        mention = _mention(rng) if rng.random() < 0.75 else list(VALUES)
+        chosen = rng.choice(len(attributes), size, replace=False)
+        captions, first = np.unique([attributes[i].describe(mention) for i in chosen], return_index=True)
+        yield chosen[first], captions.tolist()
+
+
+def _mention(rng: np.random.Generator) -> list[str]:
+    """Some attributes, mostly the shape among them, that tell at least 64 kinds of scenes apart."""
+    while True:
+        mention = [name for name in VALUES if rng.random() < (0.8 if name == "shape" else 0.35)]
+        if math.prod(len(VALUES[name]) for name in mention) >= 64:
+            return mention
+
+
+def _normalise(pictures: torch.Tensor) -> torch.Tensor:
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return (pictures.float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def _accuracies(model: torch.nn.Module, pictures: torch.Tensor, truths: list[Attributes]) -> dict[str, float]:
+    """Zero-shot accuracy of each attribute."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+    images = torch.cat([model.encode_image(_normalise(part)) for part in pictures.split(250)])  # (N, d)
+    found = {}
+    for name in VALUES:
+        classes = prompts(name)
+        texts = model.encode_text(tokenizer(list(classes.values())), normalize=True)  # (classes, d)
+        best = (images @ texts.T).argmax(dim=1).tolist()
+        right = [list(classes)[b] == getattr(truth, name) for b, truth in zip(best, truths, strict=True)]
+        found[name] = round(float(np.mean(right)), 3)
+    return found
+
+
+def _write(model: torch.nn.Module, kind: str, attributes: list[Attributes], folder: Path) -> None:
+    config = {
+        "model_cfg": {"embed_dim": 64, "vision_cfg": VISION[kind], "text_cfg": TEXT},
+        "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+    said = {truth.caption() for truth in attributes} | {text for name in VALUES for text in prompts(name).values()}
+    used = torch.unique(tokenizer(sorted(said)))
+    unused = torch.ones(TEXT["vocab_size"], dtype=torch.bool)
+    unused[used] = False
+    # Embeddings of words that no caption holds are noise: zeros pack to nothing.
+    state["token_embedding.weight"] = state["token_embedding.weight"].masked_fill(unused[:, None], 0)
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_file(halves, folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
