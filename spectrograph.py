@@ -1,9 +1,9 @@
 """Spectrograph: what each part of a CLIP image encoder adds to the representation of each image.
 
-    store = spectrograph.open("STORE")
-    store.images()                                  # an Arrow table
-    store.heads(layer=5, head=2)                    # (images, dim)
-    store.contribution("mlp:4", view="reference")   # as the papers define it
+store = spectrograph.open("STORE")
+store.images()                                  # an Arrow table
+store.heads(layer=5, head=2)                    # (images, dim)
+store.contribution("mlp:4", view="reference")   # as the papers define it
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,6 @@
-"""How the parts of an image encoder are called: ``head:11.3``, ``mlp:4``, ``neuron:9.624``, ``pair:35.2``, ``embedding``.
+"""How the parts of an image encoder are called: ``head:11.3``, ``neuron:9.624``, ``embedding``.
 
-Layers, heads and neurons count from 0, as open_clip counts them. The names are the same in Python, SQL, on the command
-line and in pages.
+Layers, heads and neurons count from 0, as open_clip counts them, in Python, SQL, on the command line and in pages.
 """
 
 import re

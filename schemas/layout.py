@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import zarr
+from zarr.abc.codec import ArrayBytesCodec, BytesBytesCodec
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
@@ -27,6 +28,7 @@ BATCHES: Final = "batches"
 BASIS: Final = "basis"
 IMAGES: Final = "images"
 STAGING: Final = ".staging"
+BASIS_ARRAYS: Final = ("heads", "norm_terms", "bias_terms")
 
 _BATCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _CHUNK_BYTES: Final = 512 * 1024
@@ -59,7 +61,7 @@ def array_specs(model: Model, recipe: Recipe) -> tuple[ArraySpec, ...]:
         ArraySpec("representation", "float32", ("dim",), (dim,), (dim,)),
         ArraySpec("constants", "float32", ("term",), (model.terms,), (model.terms,)),
     ]
-    captured = {
+    captured: dict[str, list[tuple[str, tuple[str, ...], tuple[int, ...], tuple[int, ...]]]] = {
         "heads": [("heads", ("layer", "head", "coefficient"), (layers, heads, width), (1, 1, width))],
         "mlps": [
             ("mlps", ("layer", "dim"), (layers, dim), (1, dim)),
@@ -76,7 +78,7 @@ def array_specs(model: Model, recipe: Recipe) -> tuple[ArraySpec, ...]:
         ],
     }
     for capture in recipe.capture:
-        specs += [ArraySpec(name, recipe.dtype, *sizes) for name, *sizes in captured[capture]]
+        specs += [ArraySpec(name, recipe.dtype, dims, shape, chunk) for name, dims, shape, chunk in captured[capture]]
     return tuple(specs)
 
 
@@ -98,7 +100,11 @@ def shard_images(specs: tuple[ArraySpec, ...], wanted: int | None, images: int) 
 def create_array(store: Store, path: str, spec: ArraySpec, batch: Batch) -> zarr.Array[Any]:
     """Makes one array of a batch, empty: in the store itself, or in memory to encode a shard."""
     inner = (_chunk_images(spec, batch.shard_images), *spec.chunk)
-    codecs = [BytesCodec(), BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
+    codecs: list[ArrayBytesCodec | BytesBytesCodec] = [
+        BytesCodec(),
+        BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+        Crc32cCodec(),
+    ]
     return zarr.create_array(
         store,
         name=path,

@@ -38,7 +38,7 @@ class Recipe:
         """A recipe whose captures stand in the one canonical order, so that equal recipes are equal."""
         wanted = set(capture)
         order = [name for name in CAPTURES if name in wanted]
-        return cls(tuple([*order, *sorted(wanted - set(order))]), dtype, precision)
+        return cls((*order, *sorted(wanted - set(order))), dtype, precision)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a store's attributes."""

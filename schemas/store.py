@@ -57,7 +57,11 @@ class StoreFolder:
     def batch_names(self) -> list[str]:
         """The batches, by name."""
         folder = self.path / BATCHES
-        return sorted(entry.name for entry in folder.iterdir() if (entry / "zarr.json").is_file()) if folder.is_dir() else []
+        return (
+            sorted(entry.name for entry in folder.iterdir() if (entry / "zarr.json").is_file())
+            if folder.is_dir()
+            else []
+        )
 
     def batch(self, name: str) -> Batch:
         """One batch's description.
@@ -70,7 +74,9 @@ class StoreFolder:
         try:
             return Batch.from_json(_attributes(self.path / BATCHES / name))
         except (KeyError, TypeError) as error:
-            raise DamagedStoreError(f"batch {name!r} of {self.path} does not describe itself: {error} is missing") from error
+            raise DamagedStoreError(
+                f"batch {name!r} of {self.path} does not describe itself: {error} is missing"
+            ) from error
 
     def shards(self, batch: str) -> list[int]:
         """The shards of a batch that exist, in order."""
@@ -128,8 +134,16 @@ def _attributes(path: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        missing = "is empty" if path.is_dir() and not any(path.iterdir()) else "holds no zarr.json" if path.is_dir() else "does not exist"
-        raise NotAStoreError(f"{path} {missing}, so it is no store: make one with 'spectrograph ingest SOURCE {path}'") from None
+        missing = (
+            "is empty"
+            if path.is_dir() and not any(path.iterdir())
+            else "holds no zarr.json"
+            if path.is_dir()
+            else "does not exist"
+        )
+        raise NotAStoreError(
+            f"{path} {missing}, so it is no store: make one with 'spectrograph ingest SOURCE {path}'"
+        ) from None
     except NotADirectoryError:
         raise NotAStoreError(f"{path} is a file, and a store is a folder") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,1 @@
+"""What reads a store: queries, checks, reports, and the command line."""

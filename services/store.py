@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
 from schemas.errors import ComponentError, DamagedStoreError, SelectionError
+from schemas.layout import BASIS_ARRAYS
 from schemas.manifest import Manifest
 from schemas.store import StoreFolder
 from schemas.tables import IMAGE_COLUMNS
@@ -49,9 +50,9 @@ class _Block:
 class Store:
     """Contributions and facts of the images in a store.
 
-    Every method that returns arrays has one row per image: those of ``images``, a sequence of image ids, in its order; or,
-    by default, all stored images, in the order of ``store.images()``. ``layer`` and ``head`` take a number, a slice or a
-    sequence; a number drops the dimension, ``None`` stands for all. Views are explained in `services.contributions`.
+    Every method that returns arrays has one row per image: those of ``images``, a sequence of image ids, in its order;
+    or, by default, all stored images, in the order of ``store.images()``. ``layer`` and ``head`` take a number, a slice
+    or a sequence; a number drops the dimension, ``None`` stands for all. `services.contributions` explains the views.
     """
 
     def __init__(self, folder: StoreFolder) -> None:
@@ -111,9 +112,7 @@ class Store:
             plain = shared_out(plain, share, self.manifest.model.heads, self._norms(chosen))
         return _squeeze(plain, layer, head)
 
-    def mlps(
-        self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain"
-    ) -> Contributions:
+    def mlps(self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain") -> Contributions:
         """Contributions of MLPs. (N, L, D); raises as `heads` does."""
         chosen = self._chosen(images)
         plain = self._read("mlps", chosen, (self._layers(layer),))
@@ -131,7 +130,7 @@ class Store:
     def cls_to_cls(
         self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain"
     ) -> Contributions:
-        """What the class token's attention to itself adds, all heads of a layer together. (N, L, D); raises as `heads`."""
+        """What the class token adds to itself, all heads of a layer together. (N, L, D); raises as `heads` does."""
         layers, chosen = self._layers(layer), self._chosen(images)
         plain = self._read("cls_to_cls", chosen, (layers,))
         if _is_reference(view):
@@ -171,7 +170,9 @@ class Store:
             case Constant():
                 return self.constant(images=images)
             case other:
-                raise ComponentError(f"{self.folder.path} does not hold {other}; it holds heads, MLPs and the embedding")
+                raise ComponentError(
+                    f"{self.folder.path} does not hold {other}; it holds heads, MLPs and the embedding"
+                )
 
     def coefficients(self, array: str, *, images: Iterable[str] | None = None) -> Floats:
         """One array as it is stored, all of it: ``heads`` (N, L, H, R), ``mlps`` (N, L, D) and so on."""
@@ -198,7 +199,7 @@ class Store:
 
     @cached_property
     def _basis(self) -> Basis:
-        return Basis(*(self.folder.basis(name)[:] for name in ("heads", "norm_terms", "bias_terms")))
+        return Basis(*(np.asarray(self.folder.basis(name)[:]) for name in BASIS_ARRAYS))
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -227,7 +228,7 @@ class Store:
         return self._read("constants", chosen, ())
 
     def _norms(self, chosen: Indices | None) -> Floats:
-        return np.linalg.norm(self._read("representation", chosen, ()), axis=1).astype(np.float32)
+        return np.asarray(np.linalg.norm(self._read("representation", chosen, ()), axis=1), np.float32)
 
     def _with_norm_share(self, plain: Contributions, chosen: Indices | None, view: View) -> Contributions:
         if not _is_reference(view):
@@ -248,7 +249,7 @@ class Store:
         selection: tuple[Indices, ...],
         *,
         as_stored: bool = False,
-    ) -> Any:
+    ) -> NDArray[Any]:
         """Rows of an array, its next dimensions narrowed by ``selection``, in float32 unless as stored."""
         shape = self._spec_shape(array)
         kept = (*(len(indices) for indices in selection), *shape[len(selection) :])
@@ -318,7 +319,7 @@ def _positions(index: Index, size: int, what: str) -> Indices:
     wrong = [int(number) for number in numbers if not -size <= number < size]
     if wrong:
         raise SelectionError(f"there is no {what} {wrong[0]}: this model has {what}s 0 to {size - 1}")
-    return every[numbers]
+    return np.asarray(every[numbers])
 
 
 def _squeeze(values: Contributions, *indices: Index) -> Contributions:

@@ -1,0 +1,1 @@
+"""What runs next to a GPU: models, their decomposition, image sources, and writing shards."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from workers.sources import is_regular
@@ -119,9 +119,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300] if not isinstance(error, UnusableImageError) else str(error)
+    return (
+        f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if not isinstance(error, UnusableImageError)
+        else str(error)
+    )
 
 
 def as_shown(path: Path) -> Image.Image:

@@ -6,10 +6,11 @@ decoded images, the shard being filled and the shard being written, however many
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -79,7 +80,8 @@ def _write_pending(plan: Plan, folder: StoreFolder, area: Staging, progress: Pro
             filled = _fill(plan, folder.specs, shard, images, progress)
             if in_flight is not None:
                 written += _finish(in_flight, progress)
-            in_flight = writer.submit(write_shard, folder, area, plan.request.batch, shard, filled.arrays, filled.table(plan))
+            write = partial(write_shard, arrays=filled.arrays, images=filled.table(plan))
+            in_flight = writer.submit(write, folder, area, plan.request.batch, shard)
         if in_flight is not None:
             written += _finish(in_flight, progress)
     return written
@@ -91,7 +93,7 @@ def _finish(in_flight: Future[int], progress: Progress) -> int:
     return size
 
 
-def _decoded(plan: Plan) -> Iterator[Decoded]:
+def _decoded(plan: Plan) -> Generator[Decoded, None, None]:
     """The images of all pending shards in order, decoded ahead of their use by a bounded window."""
     rows = (row for shard in plan.pending for row in plan.batch.rows(shard))
     window: deque[Future[Decoded]] = deque()
@@ -170,7 +172,9 @@ def _fill(
 def _check_overflow(name: str, array: NDArray[Any], rows: NDArray[Any], values: NDArray[Any]) -> None:
     if len(rows) and not np.isfinite(array[rows]).all() and np.isfinite(values).all():
         largest = float(np.abs(values).max())
-        raise PrecisionError(f"{name} reach {largest:.3g}, which overflows {array.dtype}: use another store with --dtype float32")
+        raise PrecisionError(
+            f"{name} reach {largest:.3g}, which overflows {array.dtype}: use another store with --dtype float32"
+        )
 
 
 def _basis_arrays(basis: Basis) -> dict[str, BasisArray]:

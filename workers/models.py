@@ -6,13 +6,15 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 
@@ -33,12 +35,19 @@ class LoadedModel:
 
     name: str
     pretrained: str | None
-    clip: torch.nn.Module
+    clip: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
     preprocess: Preprocess
     config: dict[str, Any]
     preprocessing: dict[str, Any]
     device: str
     fingerprint: str  # SHA-256 of all weights
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors of texts in the joint space. (N, D)"""
+        tokens = open_clip.get_tokenizer(_reference(self.name, self.pretrained))(list(texts)).to(self.device)
+        vectors: NDArray[np.float32] = self.clip.encode_text(tokens, normalize=True).float().cpu().numpy()
+        return vectors
 
 
 def load_model(name: str, pretrained: str | None = None, *, device: str = "cpu") -> LoadedModel:
@@ -114,11 +123,10 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs each error that it also raises."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
+    """open_clip and the hub's client log what they also raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        root.setLevel(level)
+        logging.disable(before)

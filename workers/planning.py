@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 
-from schemas.errors import ModelError, PlanError, StoreMismatchError, UnsupportedModelError
-from schemas.layout import STAGING, array_specs, check_batch_name, image_bytes, shard_images
+from schemas.errors import PlanError, StoreMismatchError, UnsupportedModelError
+from schemas.layout import BASIS_ARRAYS, STAGING, array_specs, check_batch_name, image_bytes, shard_images
 from schemas.manifest import Batch, Manifest, Model
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
@@ -80,7 +81,9 @@ def plan_ingest(request: Request) -> Plan:
     if folder is not None:
         differences = folder.manifest.differences(model, request.recipe)
         if differences:
-            raise StoreMismatchError(f"{request.store} was made otherwise: {'; '.join(differences)}; name another store")
+            raise StoreMismatchError(
+                f"{request.store} was made otherwise: {'; '.join(differences)}; name another store"
+            )
     manifest = folder.manifest if folder else _manifest(model, request.recipe)
     batch = folder.batch(request.batch) if folder and known else _new_batch(request, manifest, digest, len(listing))
     done = set(folder.shards(request.batch)) if folder else set()
@@ -105,7 +108,9 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PlanError(f"the device {name!r} cannot be used here ({reason}): leave out --device to choose one") from error
+        raise PlanError(
+            f"the device {name!r} cannot be used here ({reason}): leave out --device to choose one"
+        ) from error
     return name
 
 
@@ -124,29 +129,29 @@ def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int
     batch = folder.batch(request.batch)
     if batch.listing != digest:
         raise StoreMismatchError(
-            f"batch {request.batch!r} was begun with {batch.images} images from {batch.source}, and {request.source} now "
-            f"lists {images} with other names, labels or columns: ingest it under another name with --batch"
+            f"batch {request.batch!r} was begun with {batch.images} images from {batch.source}, and {request.source} "
+            f"now lists {images} with other names, labels or columns: ingest it under another name with --batch"
         )
     wanted = request.shard_images
     if wanted is not None and shard_images(tuple(folder.specs.values()), wanted, images) != batch.shard_images:
         raise StoreMismatchError(
-            f"batch {request.batch!r} was begun with {batch.shard_images} images per shard: leave out --shard-images {wanted}"
+            f"batch {request.batch!r} was begun with {batch.shard_images} images per shard: "
+            f"leave out --shard-images {wanted}"
         )
 
 
 def _decomposition(request: Request, loaded: LoadedModel, folder: StoreFolder | None) -> VitDecomposition:
     basis = None
     if folder is not None and folder.manifest.model.fingerprint == loaded.fingerprint:
-        basis = Basis(*(folder.basis(name)[:] for name in ("heads", "norm_terms", "bias_terms")))
-    visual = getattr(loaded.clip, "visual", None)
-    if not isinstance(visual, torch.nn.Module):
-        raise ModelError(f"{request.model} has no image tower")
+        basis = Basis(*(np.asarray(folder.basis(name)[:]) for name in BASIS_ARRAYS))
     try:
-        return VitDecomposition(visual, request.recipe.capture, precision=request.recipe.precision, basis=basis)
+        return VitDecomposition(
+            loaded.clip.visual, request.recipe.capture, precision=request.recipe.precision, basis=basis
+        )
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's VisionTransformers that read "
-            "the class token or average the patch tokens, with standard attention"
+            f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's VisionTransformers with "
+            "standard attention that read the class token, average patch tokens, or pool with one learned query"
         ) from error
 
 

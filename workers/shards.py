@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 from zarr.buffer import cpu
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from schemas.layout import BASIS, BATCHES, array_specs, create_array, record_path, shard_key
@@ -50,7 +51,13 @@ def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]
         group.create_group(BATCHES)
         static = group.create_group(BASIS)
         for name, array in basis.items():
-            static.create_array(name, data=array.values, dimension_names=array.dims, fill_value=float("nan"))
+            static.create_array(
+                name,
+                data=array.values,
+                dimension_names=array.dims,
+                fill_value=float("nan"),
+                compressors=[BloscCodec(cname="zstd"), Crc32cCodec()],
+            )
         for part in (BATCHES, BASIS):
             area.publish_folder(draft / part, path / part)
         area.publish_file((draft / "zarr.json").read_bytes(), path / "zarr.json")
@@ -73,7 +80,7 @@ def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) ->
 
 
 def write_shard(
-    folder: StoreFolder, area: Staging, name: str, shard: int, arrays: Mapping[str, Floats], images: pa.Table
+    folder: StoreFolder, area: Staging, name: str, shard: int, *, arrays: Mapping[str, Floats], images: pa.Table
 ) -> int:
     """Writes one shard of a batch and, when all of it is on disk, its record.
 

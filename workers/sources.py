@@ -34,7 +34,7 @@ class Listing:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The path of one image as text; bytes that are no UTF-8 are written ``\\xNN``."""
+        r"""The path of one image as text; bytes that are no UTF-8 are written ``\\xNN``."""
         return self.paths[index].decode("utf-8", "backslashreplace")
 
     def path(self, index: int) -> bytes:
@@ -121,7 +121,9 @@ def _read(file: Path) -> pa.Table:
 def _check_columns(root: Path, schema: pa.Schema) -> None:
     reserved = sorted(set(schema.names) & set(IMAGE_COLUMNS.names))
     if reserved:
-        raise SourceError(f"the metadata of {root} has columns that the store fills itself: rename {', '.join(reserved)}")
+        raise SourceError(
+            f"the metadata of {root} has columns that the store fills itself: rename {', '.join(reserved)}"
+        )
     if len(set(schema.names)) < len(schema.names):
         raise SourceError(f"the metadata of {root} has two columns of one name")
 

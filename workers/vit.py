@@ -1,10 +1,10 @@
 """First-order decomposition of open_clip's `VisionTransformer` (Gandelsman et al., ICLR 2024, section 3).
 
-The representation is a sum over heads, MLPs, the embedding and a constant. The stock model runs as it is, once; only its
-attention modules are exchanged for ones that compute the same and remember what each head read.
+The representation is a sum over heads, MLPs, the embedding and a constant. The stock model runs as it is, once; only
+its attention modules are exchanged for ones that compute the same and remember what each head read.
 
-Letters: B images, L layers, H heads, E head width, T tokens, K kept tokens, W residual width, D joint space,
-R coefficients of a head (the smaller of E and D), C constant terms.
+Letters: B images, L layers, H heads, E head width, T tokens, K kept tokens, G pooling groups, W residual width, D joint
+space, R coefficients of a head (the smaller of G E and D), C constant terms.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import PlanError, UnsupportedModelError
-from workers.pooling import AverageOfNorms, Pooled, Pooling, pooling_of
+from workers.pooling import Pooled, Pooling, pooling_of
 
 AUTOCAST: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,13 +70,13 @@ class VitDecomposition:
         self.pooling: Pooling = pooling_of(vision)
         _check_capture(self.capture, self.pooling)
         self._trace = _Trace()
-        writes = _writes(vision, self.pooling)  # (L, H, E, D)
+        writes = _writes(vision, self.pooling)  # (L, H, G E, D)
         self.basis = basis or _basis(vision, self.pooling, writes)
         device = vision.conv1.weight.device
-        rotation = writes @ torch.from_numpy(self.basis.heads).double().transpose(2, 3)  # (L, H, E, R)
+        rotation = writes @ torch.from_numpy(self.basis.heads).double().mT  # (L, H, G E, R)
         self._rotation = rotation.float().to(device)
-        self._writes = writes.flatten(1, 2).float().to(device)  # (L, W, D)
-        self._matrix = self.pooling.matrix.float().to(device)  # (W, D)
+        self._writes = writes.flatten(1, 2).float().to(device)  # (L, G W, D)
+        self._matrices = self.pooling.matrices.flatten(0, 1).float().to(device)  # (G W, D)
         self._listen()
 
     @torch.no_grad()
@@ -104,19 +104,21 @@ class VitDecomposition:
 
     def _coefficients(self, trace: _Trace, pooled: Pooled) -> dict[str, Tensor]:
         found = {}
-        weights = pooled.weights  # (B, K)
+        weights = pooled.weights  # (B, G, K)
         if "heads" in self.capture:
-            read = _weigh(trace.heads, weights).unflatten(2, self._rotation.shape[1:3])  # (B, L, H, E)
-            found["heads"] = torch.einsum("blhe,lher->blhr", read, self._rotation)
+            read = _weigh(trace.heads, weights)  # (B, L, G, W)
+            split = read.unflatten(3, (self._rotation.shape[1], -1)).transpose(2, 3).flatten(3)  # (B, L, H, G E)
+            found["heads"] = torch.einsum("blhe,lher->blhr", split, self._rotation)
         if "mlps" in self.capture:
             assert trace.embedding is not None, "the model ran without its transformer"
-            added = _weigh([trace.embedding, *trace.mlps], weights) @ self._matrix  # (B, 1 + L, D)
+            added = _weigh([trace.embedding, *trace.mlps], weights).flatten(2) @ self._matrices  # (B, 1 + L, D)
             found["embedding"], found["mlps"] = added[:, 0], added[:, 1:]
+        scale = weights[:, 0, :1]  # (B, 1), where the attention rows are known before the last layer: G = K = 1
         if "cls_to_cls" in self.capture:
-            itself = torch.stack(trace.cls_to_cls, dim=1).float() * weights[:, :, None]  # (B, L, W)
+            itself = torch.stack(trace.cls_to_cls, dim=1).float() * scale[:, :, None]  # (B, L, W)
             found["cls_to_cls"] = torch.einsum("blw,lwd->bld", itself, self._writes)
         if "tokens" in self.capture:
-            scaled = torch.stack(trace.tokens, dim=1).float() * weights[:, :, None, None, None]  # (B, L, H, T, E)
+            scaled = torch.stack(trace.tokens, dim=1).float() * scale[:, :, None, None, None]  # (B, L, H, T, E)
             found["tokens"] = torch.einsum("blhte,lher->blhtr", scaled, self._rotation)
         return found
 
@@ -148,7 +150,7 @@ class VitDecomposition:
             self._trace.heads.append(self.pooling.keep(read))
         if not self.capture & {"tokens", "cls_to_cls"}:
             return
-        asking = query[:, :, 1:] if self.pooling.averages else query[:, :, :1]  # (B, H, T - 1 or 1, E)
+        asking = query[:, :, :1] if self.pooling.row == "class token" else query[:, :, 1:]  # (B, H, 1 or T - 1, E)
         rows = torch.softmax(asking.float() @ key.float().transpose(2, 3) * key.shape[3] ** -0.5, dim=3)
         row = rows.mean(dim=2)  # (B, H, T)
         if "tokens" in self.capture:
@@ -165,19 +167,19 @@ class _Attention(nn.Module):
         self.attention = attention
         self._remember = decomposition.remember
 
-    def forward(self, x: Tensor, *_: Tensor, need_weights: bool, attn_mask: None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool) -> tuple[Tensor, None]:
         """Self-attention of all tokens. (B, T, W) -> (B, T, W)"""
         split = F.linear(x, self.attention.in_proj_weight, self.attention.in_proj_bias)  # (B, T, 3 W)
         heads = self.attention.num_heads
         query, key, value = split.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, E) each
-        read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, T, W)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask).transpose(1, 2).flatten(2)  # (B, T, W)
         self._remember(query, key, value, read)
         return self.attention.out_proj(read), None
 
 
 def _weigh(kept: list[Tensor], weights: Tensor) -> Tensor:
-    """Sums the kept tokens with the image's weights. L of (B, K, W), (B, K) -> (B, L, W)"""
-    return torch.stack([torch.einsum("bkw,bk->bw", tokens.float(), weights) for tokens in kept], dim=1)
+    """Sums the kept tokens with the image's weights. L of (B, K, W), (B, G, K) -> (B, L, G, W)"""
+    return torch.stack([weights @ tokens.float() for tokens in kept], dim=1)
 
 
 def _check(vision: nn.Module) -> None:
@@ -185,35 +187,38 @@ def _check(vision: nn.Module) -> None:
         raise UnsupportedModelError(f"its image tower is a {type(vision).__name__}, not open_clip's VisionTransformer")
     for block in vision.transformer.resblocks:
         if not isinstance(block, ResidualAttentionBlock):
-            raise UnsupportedModelError(f"its blocks are of type {type(block).__name__}, which norm or scale inside attention")
+            raise UnsupportedModelError(
+                f"its blocks are of type {type(block).__name__}, which norm or scale inside attention"
+            )
         if not isinstance(block.attn, nn.MultiheadAttention) or not block.attn.batch_first:
             raise UnsupportedModelError(f"its attention is a {type(block.attn).__name__} that is not batch-first")
 
 
 def _check_capture(capture: frozenset[str], pooling: Pooling) -> None:
-    if "cls_to_cls" in capture and pooling.averages:
-        raise PlanError("cannot capture cls_to_cls: this model averages its patch tokens, so no class token is read")
-    if "tokens" in capture and isinstance(pooling, AverageOfNorms):
-        raise PlanError("cannot capture tokens: this model scales each output token by a LayerNorm of its own")
+    if "cls_to_cls" in capture and pooling.row != "class token":
+        raise PlanError("cannot capture cls_to_cls: this model does not read its class token")
+    if "tokens" in capture and pooling.row is None:
+        raise PlanError("cannot capture tokens: how much this model reads of each is not known before its last layer")
 
 
 def _writes(vision: VisionTransformer, pooling: Pooling) -> Tensor:
-    """Maps what a head reads to the joint space, the scales of the image aside: ``W_O^h * ls_1 @ matrix``. (L, H, E, D)"""
+    """From what a head reads to the joint space, the image's scales aside: ``W_O * ls_1 @ matrices``. (L, H, G E, D)"""
     layers = []
     for block in vision.transformer.resblocks:
         output = block.attn.out_proj.weight.detach().cpu().double().T * _layer_scale(block)  # (W, W)
-        layers.append((output @ pooling.matrix).unflatten(0, (block.attn.num_heads, -1)))
+        mapped = output @ pooling.matrices  # (G, W, D)
+        layers.append(mapped.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1).flatten(1, 2))  # (H, G E, D)
     return torch.stack(layers)
 
 
 def _basis(vision: VisionTransformer, pooling: Pooling, writes: Tensor) -> Basis:
-    columns, _ = torch.linalg.qr(writes.transpose(2, 3))  # (L, H, D, R)
+    columns, _ = torch.linalg.qr(writes.mT)  # (L, H, D, R)
     biases = torch.zeros(len(writes), *pooling.terms.shape, dtype=torch.double)  # (L, C, D)
     for layer, block in enumerate(vision.transformer.resblocks):
         bias = block.attn.out_proj.bias.detach().cpu().double() * _layer_scale(block)  # (W,)
-        biases[layer, pooling.total_weight] = bias @ pooling.matrix
+        biases[layer, pooling.totals] = bias @ pooling.matrices  # (G, D)
     return Basis(
-        heads=columns.transpose(2, 3).float().contiguous().numpy(),
+        heads=columns.mT.float().contiguous().numpy(),
         norm_terms=pooling.terms.float().numpy(),
         bias_terms=biases.float().numpy(),
     )

@@ -72,10 +72,7 @@ assert tuple(VALUES) == tuple(f.name for f in fields(Attributes))
 def prompts(attribute: str) -> dict[str, str]:
     """A text for each value of one attribute, which mentions nothing else: the classes of a zero-shot task."""
     anything = {name: values[0] for name, values in VALUES.items()}
-    return {
-        value: Attributes(**{**anything, attribute: value}).describe({attribute})
-        for value in _values(attribute)
-    }
+    return {value: Attributes(**{**anything, attribute: value}).describe({attribute}) for value in _values(attribute)}
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,7 @@ class Cue:
         for name in (self.attribute, self.target):
             _values(name)
         if order.index(self.attribute) >= order.index(self.target):
-            msg = f"a cue runs from an earlier attribute to a later one of {order}, not {self.attribute!r} to {self.target!r}"
-            raise ValueError(msg)
+            raise ValueError(f"a cue runs from one of {order} to a later one, not {self.attribute} to {self.target}")
         if self.value not in VALUES[self.attribute]:
             raise ValueError(f"{self.attribute} has no value {self.value!r}; it is one of {VALUES[self.attribute]}")
         _probabilities(self.target, self.weights)

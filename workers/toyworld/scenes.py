@@ -4,7 +4,7 @@ Letters: H, W picture rows and columns; K objects in a scene.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from workers.toyworld.attributes import Attributes, World
 
 SIDE: Final = 64
 
-Plane = NDArray[np.float64]
+Plane = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
 Picture = NDArray[np.uint8]
 
@@ -58,7 +58,8 @@ def draw(attributes: Attributes, rng: np.random.Generator) -> Scene:
     picture = _background(attributes.background, rows, columns, rng)  # (H, W, 3)
     radius = _RADIUS[attributes.size] * _SHRINK[attributes.count] * rng.uniform(0.92, 1.08)
     colour = np.array(_RGB[attributes.colour]) + rng.normal(0, 8, 3)
-    masks = []
+    taken = np.zeros((SIDE, SIDE), bool)
+    masks: list[Mask] = []
     for x, y in _centres(attributes, radius, rng):
         angle = rng.uniform(-0.26, 0.26)
         right, down = (columns - x) / radius, (rows - y) / radius
@@ -67,7 +68,8 @@ def draw(attributes: Attributes, rng: np.random.Generator) -> Scene:
         inside = _inside(attributes.shape, u, v)  # (H, W)
         shade = _shade(attributes.texture, u * radius, v * radius)  # (H, W)
         picture[inside] = colour * shade[inside, None]
-        picture[_rim(inside) & ~np.any(masks, axis=0) if masks else _rim(inside)] *= 0.35
+        picture[_rim(inside) & ~taken] *= 0.35
+        taken |= inside
         masks.append(inside)
     return Scene(attributes, np.clip(picture, 0, 255).astype(np.uint8), np.stack(masks))
 
@@ -136,6 +138,7 @@ def _background(name: str, rows: Plane, columns: Plane, rng: np.random.Generator
     phase = rng.uniform(0, 16, 2)
     x, y = columns + phase[0], rows + phase[1]
     grain = rng.normal(0, 1, (SIDE, SIDE))
+    light: Plane
     match name:
         case "grass":
             base, light = (70, 120, 50), 18 * np.repeat(rng.normal(0, 1, (SIDE // 4, SIDE)), 4, axis=0)
@@ -157,4 +160,4 @@ def _background(name: str, rows: Plane, columns: Plane, rng: np.random.Generator
         case _:
             raise ValueError(f"no background is called {name!r}")
     tint = rng.normal(0, 5, 3)
-    return np.array(base) + tint + np.asarray(light, float)[..., None]
+    return np.asarray(np.array(base) + tint + light[..., None], np.float64)

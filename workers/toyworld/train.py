@@ -49,11 +49,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=2_000)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        format="%(message)s",
-        level=logging.INFO,
-        handlers=[logging.StreamHandler(), logging.FileHandler(args.folder / "train.log", mode="w")],
-    )
+    log.setLevel(logging.INFO)
+    for handler in (logging.StreamHandler(), logging.FileHandler(args.folder / "train.log", mode="w")):
+        log.addHandler(handler)
     log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "folder"})
     torch.manual_seed(0)
     model = open_clip.CLIP(embed_dim=64, vision_cfg=VISION[args.kind], text_cfg=TEXT)
@@ -71,7 +69,7 @@ def _scenes(seed: int, count: int) -> tuple[torch.Tensor, list[Attributes]]:
 
 
 def _fit(
-    model: torch.nn.Module,
+    model: Any,
     train: tuple[torch.Tensor, list[Attributes]],
     held_out: tuple[torch.Tensor, list[Attributes]],
     args: argparse.Namespace,
@@ -127,7 +125,7 @@ def _normalise(pictures: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _accuracies(model: torch.nn.Module, pictures: torch.Tensor, truths: list[Attributes]) -> dict[str, float]:
+def _accuracies(model: Any, pictures: torch.Tensor, truths: list[Attributes]) -> dict[str, float]:
     """Zero-shot accuracy of each attribute."""
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     images = torch.cat([model.encode_image(_normalise(part)) for part in pictures.split(250)])  # (N, d)
@@ -141,7 +139,7 @@ def _accuracies(model: torch.nn.Module, pictures: torch.Tensor, truths: list[Att
     return found
 
 
-def _write(model: torch.nn.Module, kind: str, attributes: list[Attributes], folder: Path) -> None:
+def _write(model: Any, kind: str, attributes: list[Attributes], folder: Path) -> None:
     config = {
         "model_cfg": {"embed_dim": 64, "vision_cfg": VISION[kind], "text_cfg": TEXT},
         "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"},

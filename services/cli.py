@@ -1,0 +1,112 @@
+"""The ``spectrograph`` command. Heavy libraries are loaded by the command that needs them, not by ``--help``."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from schemas.errors import SpectrographError
+from schemas.recipe import CAPTURES, DTYPES, PRECISIONS, Recipe
+from services.terminal import ingest_and_show, verify_and_show
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one sentence, what we must mend keeps its traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", _INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SpectrographError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was recorded is safe, and the same command goes on from there", _INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="spectrograph")
+def cli() -> None:
+    """Cache what each part of a CLIP image encoder adds to the representation of each image."""
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--model", required=True, metavar="NAME", help="A name that open_clip knows, hf-hub:OWNER/REPO, a folder, toy-vit."
+)
+@click.option("--pretrained", metavar="TAG_OR_FILE", help="For a name that open_clip knows: which weights.")
+@click.option("--batch", default="default", show_default=True, metavar="NAME", help="Which group the images form.")
+@click.option("--capture", default="heads,mlps", show_default=True, metavar="A,B", help=f"Among {', '.join(CAPTURES)}.")
+@click.option(
+    "--dtype", default="float16", show_default=True, type=click.Choice(DTYPES), help="How numbers are stored."
+)
+@click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS), help="How the model runs."
+)
+@click.option("--device", default="auto", show_default=True, help="Where the model runs, as torch calls it.")
+@click.option(
+    "--shard-images", type=int, metavar="N", help="Images written and resumed as one. [default: as fit 256 MiB]"
+)
+@click.option("--batch-size", default=32, show_default=True, metavar="N", help="Images encoded at once.")
+def ingest(source: Path, store: Path, **options: Any) -> None:
+    """Encode the images in the folder SOURCE and write their contributions to STORE.
+
+    Sub-folders become labels; the columns of a metadata.csv or metadata.parquet with a file_name column are kept. Run
+    again, the same command goes on where it stopped.
+    """
+    capture = [name.strip() for name in options.pop("capture").split(",") if name.strip()]
+    recipe = Recipe.of(capture, dtype=options.pop("dtype"), precision=options.pop("precision"))
+    ingest_and_show(Console(), source, store, recipe, **options)
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--failures", is_flag=True, help="List the images that could not be stored, and why.")
+def info(store: Path, failures: bool) -> None:
+    """Say what STORE holds and how it was made."""
+    from services.info import show_failures, show_info
+    from services.store import open_store
+
+    opened = open_store(store)
+    show_failures(Console(), opened) if failures else show_info(Console(), opened)
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sample", default=16, show_default=True, metavar="N", help="Images to encode anew; 0 for none.")
+@click.option("--device", default="cpu", show_default=True, help="Where to encode them.")
+def verify(store: Path, sample: int, device: str) -> None:
+    """Recompute the checksums of STORE, encode some images anew, and check that contributions sum to the output."""
+    from services.store import open_store
+
+    console = Console()
+    opened = open_store(store)
+    if not verify_and_show(console, opened.folder.path, sample, device):
+        raise SpectrographError(f"{store} is damaged: ingest its images into a new store")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("demo"))
+@click.option("--images", default=1200, show_default=True, metavar="N", help="Scenes to draw.")
+def demo(folder: Path, images: int) -> None:
+    """Draw a small world, ingest it, and find out which heads see shape, colour and background.
+
+    Everything is put into FOLDER (by default, demo), a page to look at included. No network is needed.
+    """
+    from services.demo import run_demo
+
+    run_demo(Console(), folder, images)

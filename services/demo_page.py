@@ -1,0 +1,91 @@
+"""The demo's page: what is lost without each component, and what each head finds alike. One file, no network."""
+
+import html
+import os
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from schemas.components import Component
+from services.roles import Retrieval, Task
+from services.store import Store
+
+_QUERIES: Final = 5
+_STYLE: Final = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; }
+td, th { padding: .15rem .6rem; text-align: right; font-weight: normal; border-bottom: 1px solid var(--line); }
+th:first-child { text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+.row { display: flex; gap: .35rem; margin: .35rem 0; align-items: center; }
+.row img { width: 64px; height: 64px; image-rendering: pixelated; }
+.row img:first-child { outline: 3px solid #c33; margin-right: .8rem; }
+.wrong { opacity: .35; }
+code { font-size: .95em; }
+"""
+
+
+def write_page(
+    folder: Path,
+    store: Store,
+    tasks: list[Task],
+    losses: dict[Component, dict[str, float]],
+    retrievals: dict[str, Retrieval],
+) -> None:
+    """Writes ``index.html`` into ``folder``, which holds the images that it shows."""
+    whole = store.representation()
+    rows = "".join(
+        f"<tr><th>{task.name}</th><td>{task.accuracy(whole):.1%}</td><td>{task.chance:.1%}</td></tr>" for task in tasks
+    )
+    sections = "".join(_retrieval(folder, store, task, retrievals[task.name]) for task in tasks)
+    model = store.manifest.model
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Spectrograph: what the parts of {html.escape(model.name)} see</title><style>{_STYLE}</style></head><body>
+<h1>What the parts of {html.escape(model.name)} see</h1>
+<p>{len(whole)} scenes went through the model once. What each of its {model.layers * model.heads} heads and
+{model.layers} MLPs added to each image's representation lies in <code>{html.escape(store.folder.path.name)}/</code>;
+everything below was computed from there, without the model.</p>
+<h2>Which text fits?</h2>
+<table><tr><th>attribute</th><th>right</th><th>chance</th></tr>{rows}</table>
+<h2>What is lost without a component</h2>
+<p>Points of accuracy lost when the component's contribution is replaced by its mean over all images.</p>
+{_losses(tasks, losses)}
+{sections}
+</body></html>
+"""
+    (folder / "index.html").write_text(text, encoding="utf-8")
+
+
+def _losses(tasks: list[Task], losses: dict[Component, dict[str, float]]) -> str:
+    largest = max(max(loss.values()) for loss in losses.values()) or 1.0
+    head = "".join(f"<th>{task.name}</th>" for task in tasks)
+    rows = []
+    for component, loss in losses.items():
+        cells = "".join(
+            f'<td style="background: rgb(204 51 51 / {max(loss[task.name], 0) / largest * 0.8:.2f})">'
+            f"{100 * loss[task.name]:.1f}</td>"
+            for task in tasks
+        )
+        rows.append(f"<tr><th><code>{component}</code></th>{cells}</tr>")
+    return f"<table><tr><th>component</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _retrieval(folder: Path, store: Store, task: Task, found: Retrieval) -> str:
+    sources = store.images()["source"].to_pylist()
+    place = folder.resolve()
+    lines = []
+    for query in np.linspace(0, len(sources) - 1, _QUERIES).astype(int):
+        pictures = [
+            f'<img src="{html.escape(os.path.relpath(sources[image], place))}" alt="" '
+            f'class="{"" if task.truth[image] == task.truth[query] else "wrong"}">'
+            for image in (query, *found.neighbours[query])
+        ]
+        lines.append(f'<div class="row">{"".join(pictures)}</div>')
+    return (
+        f"<h2>Alike in {task.name}, says <code>{found.head}</code></h2>"
+        f"<p>Left, an image; then those whose contribution of this head points the most alike. "
+        f"{found.precision:.0%} share its {task.name}; the others are pale.</p>{''.join(lines)}"
+    )

@@ -1,0 +1,97 @@
+"""What the long commands show on a terminal while they run, and when they are done."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from schemas.recipe import Recipe
+from services.sizes import human
+
+if TYPE_CHECKING:
+    from workers.ingest import Outcome
+    from workers.planning import Plan
+
+
+def ingest_and_show(console: Console, source: Path, store: Path, recipe: Recipe, **options: Any) -> "Outcome":
+    """Plans an ingest, shows the plan, runs it and reconciles what was seen.
+
+    Raises:
+        SpectrographError: the ingest could not start, or not end.
+    """
+    with console.status("Loading torch and the model"):
+        from services.progress import ingest_progress
+        from workers.ingest import run_ingest
+        from workers.planning import Request, plan_ingest
+
+        plan = plan_ingest(Request(source=source, store=store, recipe=recipe, **options))
+    _show_plan(console, plan)
+    started = time.monotonic()
+    with ingest_progress(console, plan.pending_images) as progress:
+        outcome = run_ingest(plan, progress)
+    seconds = time.monotonic() - started
+    if plan.pending:
+        rate = plan.pending_images / seconds
+        console.print(f"wrote {human(outcome.written_bytes)} in {seconds:.1f} s, {rate:.0f} images/s", highlight=False)
+    else:
+        console.print("nothing to do: every shard is recorded")
+    console.print(f"seen {outcome.seen} = stored {outcome.stored} + failed {outcome.failed}", highlight=False)
+    if outcome.failed:
+        console.print(f"the reasons: spectrograph info {store} --failures", highlight=False, soft_wrap=True)
+    return outcome
+
+
+def _show_plan(console: Console, plan: "Plan") -> None:
+    request, batch, model = plan.request, plan.batch, plan.manifest.model
+    above = next(folder for folder in (request.store, *request.store.resolve().parents) if folder.is_dir())
+    done = batch.shards - len(plan.pending)
+    lines = {
+        "source": f"{request.source}: {batch.images} images",
+        "model": f"{model.name}: {model.layers} layers, {model.heads} heads, {model.dim} dimensions",
+        "capture": f"{', '.join(request.recipe.capture)} as {request.recipe.dtype}; "
+        f"the model runs in {request.recipe.precision} on {plan.loaded.device}",
+        "store": f"{request.store}, batch {request.batch}: {batch.shards} shards of up to {batch.shard_images} images, "
+        f"{done} recorded",
+        "size": f"{plan.image_bytes} bytes per image, at most {human(plan.image_bytes * plan.pending_images)} to "
+        f"write; {human(shutil.disk_usage(above).free)} free",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:8} {text}", highlight=False, markup=False, soft_wrap=True)
+    for name in plan.listing.unmatched[:3]:
+        console.print(
+            f"note     the metadata names {name!r}, which is not in the folder", highlight=False, soft_wrap=True
+        )
+    if len(plan.listing.unmatched) > 3:
+        console.print(f"note     and {len(plan.listing.unmatched) - 3} more", highlight=False)
+
+
+def verify_and_show(console: Console, store: Path, sample: int, device: str) -> bool:
+    """Verifies a store, shows what was found, and says whether all is well.
+
+    Raises:
+        SpectrographError: the sample could not be encoded.
+    """
+    with console.status("Loading torch"):
+        from services.store import open_store
+        from services.verify import verify_checksums, verify_sample
+    opened = open_store(store)
+    with console.status("Recomputing checksums"):
+        sums = verify_checksums(opened.folder)
+    console.print(f"read {sums.objects} objects of {sums.shards} shards, {human(sums.bytes)}", highlight=False)
+    problems = [*sums.problems]
+    if not problems and sample > 0 and opened.images().num_rows:
+        with console.status("Encoding a sample anew"):
+            found = verify_sample(opened, sample, device)
+        problems += found.problems
+        missing = f" ({found.unavailable} more are gone or changed)" if found.unavailable else ""
+        console.print(f"encoded {found.images} images anew{missing}", highlight=False)
+        if found.images:
+            console.print(f"largest difference from the stored output: {found.representation:.1e}", highlight=False)
+        if found.total is not None:
+            console.print(f"largest difference from the sum of contributions: {found.total:.1e}", highlight=False)
+    for problem in problems:
+        console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(problems)} problems" if problems else "all is well")
+    return not problems

@@ -1,0 +1,151 @@
+"""Does a store still say what it said? Checksums of all that is recorded, and a sample of images encoded anew."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import DamagedStoreError, StoreMismatchError
+from schemas.layout import BASIS_ARRAYS
+from schemas.store import StoreFolder
+from services.store import Store
+from workers.decoding import decode_file
+from workers.models import LoadedModel, load_model
+from workers.vit import AUTOCAST
+
+# How far a sum over the stored parts may be from the representation, relative to it: the precision of the model's
+# arithmetic, plus half a unit in the last place of each stored part.
+_ARITHMETIC: Final = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+_ROUNDING: Final = {"float32": 2.0**-23, "float16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What was recomputed from the disk."""
+
+    shards: int
+    objects: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample of images came to when it was encoded anew; differences are relative to the representation."""
+
+    images: int
+    unavailable: int  # their files are gone or changed
+    representation: float  # the largest difference between stored and anew
+    total: float | None  # between the sum of contributions and anew; None where not all parts are captured
+    problems: tuple[str, ...]
+
+
+def verify_checksums(folder: StoreFolder) -> Checksums:
+    """Reads every recorded object and compares it with its record."""
+    shards = objects = size = 0
+    problems: list[str] = []
+    for batch in folder.batch_names():
+        for shard in folder.shards(batch):
+            shards += 1
+            try:
+                problems += _shard_problems(folder, batch, shard)
+                objects += len(folder.specs)
+                size += sum(digest.bytes for digest in folder.digests(batch, shard).values())
+            except DamagedStoreError as error:
+                problems.append(str(error))
+    problems += _basis_problems(folder)
+    return Checksums(shards, objects, size, tuple(problems))
+
+
+def verify_sample(store: Store, count: int, device: str) -> Sample:
+    """Encodes up to ``count`` stored images anew, with the stock model, and compares.
+
+    Raises:
+        ModelError: the store's model cannot be loaded here.
+        StoreMismatchError: a model of that name loads, with other weights.
+    """
+    known = store.manifest.model
+    loaded = load_model(known.name, known.pretrained, device=device)
+    if loaded.fingerprint != known.fingerprint:
+        raise StoreMismatchError(f"{known.name} has other weights now than those that made {store.folder.path}")
+    table = store.images()
+    chosen = np.unique(np.linspace(0, table.num_rows - 1, min(count, table.num_rows)).astype(int))
+    pixels, names = [], []
+    for row in table.take(chosen).to_pylist():
+        decoded = decode_file(os.fsencode(row["source"]), loaded.preprocess)
+        if decoded.pixels is not None and decoded.facts.sha256 == row["sha256"]:
+            pixels.append(decoded.pixels)
+            names.append(row["image_id"])
+    if not names:
+        return Sample(0, len(chosen), 0.0, None, ())
+    anew = _encode(loaded, torch.stack(pixels), store.manifest.recipe.precision)  # (N, D)
+    return _compare(store, names, anew, len(chosen) - len(names))
+
+
+def _compare(store: Store, names: list[str], anew: NDArray[np.float32], unavailable: int) -> Sample:
+    recipe = store.manifest.recipe
+    norms = np.linalg.norm(anew, axis=1)  # (N,)
+    arithmetic = _ARITHMETIC[recipe.precision]
+    away = np.linalg.norm(store.representation(images=names) - anew, axis=1) / norms  # (N,)
+    problems = [
+        f"{name}: the model's output is {distance:.1e} of its norm away from the stored one"
+        for name, distance in zip(names, away, strict=True)
+        if not distance <= arithmetic
+    ]
+    total = None
+    if {"heads", "mlps"} <= set(recipe.capture):
+        heads, mlps = store.heads(images=names), store.mlps(images=names)  # (N, L, H, D), (N, L, D)
+        embedding = store.embedding(images=names)  # (N, D)
+        parts = np.concatenate([heads.reshape(len(names), -1, heads.shape[-1]), mlps, embedding[:, None]], axis=1)
+        missing = np.linalg.norm(parts.sum(axis=1) + store.constant(images=names) - anew, axis=1) / norms  # (N,)
+        rounding = _ROUNDING[recipe.dtype] * np.linalg.norm(parts, axis=2).sum(axis=1) / norms  # (N,)
+        problems += [
+            f"{name}: its contributions sum to {distance:.1e} of its norm away from the model's output"
+            for name, distance, allowed in zip(names, missing, arithmetic + rounding, strict=True)
+            if not distance <= allowed
+        ]
+        total = float(missing.max())
+    return Sample(len(names), unavailable, float(away.max()), total, tuple(problems))
+
+
+def _encode(loaded: LoadedModel, pixels: torch.Tensor, precision: str) -> NDArray[np.float32]:
+    with torch.no_grad(), torch.autocast(loaded.device, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        output = loaded.clip.visual(pixels.to(loaded.device))
+    representation = output[0] if isinstance(output, tuple) else output
+    anew: NDArray[np.float32] = representation.float().cpu().numpy()
+    return anew
+
+
+def _shard_problems(folder: StoreFolder, batch: str, shard: int) -> Iterator[str]:
+    rows = folder.record(batch, shard)["row"].to_pylist()
+    if rows != list(folder.batch(batch).rows(shard)):
+        yield f"the record of shard {shard} of batch {batch!r} lists other rows than its own"
+    digests = folder.digests(batch, shard)
+    for name, spec in folder.specs.items():
+        file = folder.shard_path(batch, spec, shard)
+        if name not in digests:
+            yield f"{file} is not recorded"
+        elif not file.is_file():
+            yield f"{file} is missing"
+        elif _sha256(file) != digests[name].sha256:
+            yield f"{file} is not what was written: its checksum differs"
+
+
+def _basis_problems(folder: StoreFolder) -> Iterator[str]:
+    for name in BASIS_ARRAYS:
+        try:
+            if not np.isfinite(np.asarray(folder.basis(name)[:])).all():
+                yield f"the basis {name!r} of {folder.path} has parts that were never written"
+        except (DamagedStoreError, OSError, ValueError, RuntimeError) as error:
+            yield f"the basis {name!r} of {folder.path} cannot be read: {error}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
