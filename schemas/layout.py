@@ -116,7 +116,6 @@ def create_array(store: Store, path: str, spec: ArraySpec, batch: Batch) -> zarr
         filters=None,
         fill_value=float("nan"),
         dimension_names=("image", *spec.dims),
-        config={"write_empty_chunks": True},
     )
 
 

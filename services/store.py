@@ -19,7 +19,7 @@ from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
 from schemas.errors import ComponentError, DamagedStoreError, SelectionError
 from schemas.layout import BASIS_ARRAYS
 from schemas.manifest import Manifest
-from schemas.store import StoreFolder
+from schemas.store import Digest, StoreFolder
 from schemas.tables import IMAGE_COLUMNS
 from services.contributions import Basis, Contributions, Floats, View, shared_out
 
@@ -57,6 +57,7 @@ class Store:
 
     def __init__(self, folder: StoreFolder) -> None:
         self.folder = folder
+        self._known_digests: dict[tuple[str, int], dict[str, Digest]] = {}
 
     def __repr__(self) -> str:
         return f"<Store {str(self.folder.path)!r}: {self._table.num_rows} images>"
@@ -275,8 +276,7 @@ class Store:
         spec = self.folder.specs[array]
         file = self.folder.shard_path(block.batch, spec, block.shard)
         try:
-            if not file.is_file():
-                raise DamagedStoreError(f"{file} is missing, although its shard is recorded: run 'spectrograph verify'")
+            self._check_size(array, block, file)
             source = self.folder.array(block.batch, array)
             narrow = tuple(_narrowest(indices) for indices in selection)
             runs = np.split(block.rows, np.flatnonzero(np.diff(block.rows) > _chunk_rows(source)) + 1)
@@ -285,6 +285,20 @@ class Store:
             if isinstance(error, DamagedStoreError):
                 raise
             raise DamagedStoreError(f"{file} is damaged ({error}): run 'spectrograph verify'") from error
+
+    def _check_size(self, array: str, block: _Block, file: Path) -> None:
+        """Zarr reads what is missing as the fill value and what is empty as zeros: neither must pass for numbers."""
+        recorded = self._digests(block.batch, block.shard)[array].bytes
+        found = file.stat().st_size if file.is_file() else None
+        if found != recorded:
+            what = "missing" if found is None else f"damaged ({found} bytes of {recorded})"
+            raise DamagedStoreError(f"{file} is {what}: run 'spectrograph verify'")
+
+    def _digests(self, batch: str, shard: int) -> dict[str, Digest]:
+        known = self._known_digests.get((batch, shard))
+        if known is None:
+            known = self._known_digests[batch, shard] = self.folder.digests(batch, shard)
+        return known
 
 
 def _chunk_rows(array: Any) -> int:

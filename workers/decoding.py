@@ -3,6 +3,7 @@
 import hashlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ MAX_ASPECT: Final = 500
 
 # Pillow's own limit warns in one thread for all, once. The one below is checked for every image before it is decoded.
 Image.MAX_IMAGE_PIXELS = None
+
+# Pillow warns of damage that it survives. Here an image is stored or its failure is recorded, nothing between.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # What Pillow's decoders are known to raise on files that are cut short, damaged or made to harm.
 _DAMAGE: Final = (

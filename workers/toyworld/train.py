@@ -2,7 +2,8 @@
 
 The loss is open_clip's contrastive loss. A full caption is found among a batch's others by its colour and background
 alone, so a model trained on full captions learns shapes late or never. Here the captions of a batch name the same few
-attributes, mostly the shape and two or three others, so that each of them is needed.
+attributes, mostly the shape and two or three others, so that each of them is needed. The transformer learns shapes
+faster still if it first sees large, plain, single objects (``--easy-steps``).
 """
 
 import argparse
@@ -11,13 +12,13 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import open_clip
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from workers.toyworld.attributes import VALUES, Attributes, World, prompts
@@ -25,6 +26,7 @@ from workers.toyworld.scenes import SIDE, scene
 
 log = logging.getLogger("train")
 
+EASY: Final = World({"texture": {"plain": 1}, "size": {"large": 1}, "count": {"one": 1}})
 TRAIN_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 TEXT: Final = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -34,7 +36,7 @@ VISION: Final[dict[str, dict[str, Any]]] = {
 }
 MEAN, STD = (0.45, 0.45, 0.45), (0.27, 0.27, 0.27)
 
-Indices = NDArray[np.int64]
+Scenes = tuple[torch.Tensor, list[Attributes]]  # (N, 3, H, W)
 
 
 def main() -> None:
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--easy-steps", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--held-out", type=int, default=2_000)
@@ -55,36 +58,39 @@ def main() -> None:
     log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "folder"})
     torch.manual_seed(0)
     model = open_clip.CLIP(embed_dim=64, vision_cfg=VISION[args.kind], text_cfg=TEXT)
-    train, held_out = _scenes(TRAIN_SEED, args.scenes), _scenes(HELD_OUT_SEED, args.held_out)
-    _fit(model, train, held_out, args)
-    _write(model, args.kind, train[1], args.folder)
+    held_out = _scenes(World(), HELD_OUT_SEED, args.held_out)
+    stages = [(World(), args.steps - args.easy_steps)]
+    if args.easy_steps:
+        stages.insert(0, (EASY, args.easy_steps))
+    _fit(model, [(_scenes(world, TRAIN_SEED, args.scenes), steps) for world, steps in stages], held_out, args)
+    _write(model, args.kind, held_out[1], args.folder)
     shipped, _, _ = open_clip.create_model_and_transforms(f"local-dir:{args.folder}")
     log.info("as shipped, on %d held-out scenes: %s", args.held_out, _accuracies(shipped.eval(), *held_out))
 
 
-def _scenes(seed: int, count: int) -> tuple[torch.Tensor, list[Attributes]]:
-    scenes = [scene(World(), seed=seed, index=i) for i in range(count)]
+def _scenes(world: World, seed: int, count: int) -> Scenes:
+    scenes = [scene(world, seed=seed, index=i) for i in range(count)]
     pictures = np.stack([s.picture for s in scenes]).transpose(0, 3, 1, 2)  # (N, 3, H, W)
     return torch.from_numpy(np.ascontiguousarray(pictures)), [s.attributes for s in scenes]
 
 
 def _fit(
     model: Any,
-    train: tuple[torch.Tensor, list[Attributes]],
-    held_out: tuple[torch.Tensor, list[Attributes]],
+    stages: list[tuple[Scenes, int]],
+    held_out: Scenes,
     args: argparse.Namespace,
 ) -> None:
-    pictures, attributes = train
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.98))
     rng = np.random.default_rng(0)
     started = time.monotonic()
-    for step, (chosen, captions) in enumerate(_batches(attributes, args.batch_size, args.steps, rng)):
+    batches = chain.from_iterable(_batches(scenes, args.batch_size, steps, rng) for scenes, steps in stages)
+    for step, (pictures, captions) in enumerate(batches):
         warm = min(1.0, (step + 1) / 200)
         optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         texts = tokenizer(captions)  # (B, context)
-        images = _normalise(pictures[torch.from_numpy(chosen)])  # (B, 3, H, W)
+        images = _normalise(pictures)  # (B, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16):
             image, text, scale = model(images, texts)
         loss = loss_of(image.float(), text.float(), scale)
@@ -101,20 +107,22 @@ def _fit(
 
 
 def _batches(
-    attributes: list[Attributes], size: int, steps: int, rng: np.random.Generator
-) -> Iterator[tuple[Indices, list[str]]]:
-    """Indices and captions of each batch's scenes; no caption occurs twice in a batch."""
+    scenes: Scenes, size: int, steps: int, rng: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Pictures and captions of each batch; no caption occurs twice in one."""
+    pictures, attributes = scenes
+    varied = [name for name in VALUES if len({getattr(truth, name) for truth in attributes}) > 1]
     for _ in range(steps):
-        mention = _mention(rng) if rng.random() < 0.75 else list(VALUES)
+        mention = _mention(varied, rng) if rng.random() < 0.75 else list(VALUES)
         chosen = rng.choice(len(attributes), size, replace=False)
         captions, first = np.unique([attributes[i].describe(mention) for i in chosen], return_index=True)
-        yield chosen[first], captions.tolist()
+        yield pictures[torch.from_numpy(chosen[first])], captions.tolist()
 
 
-def _mention(rng: np.random.Generator) -> list[str]:
+def _mention(varied: list[str], rng: np.random.Generator) -> list[str]:
     """Some attributes, mostly the shape among them, that tell at least 64 kinds of scenes apart."""
     while True:
-        mention = [name for name in VALUES if rng.random() < (0.8 if name == "shape" else 0.35)]
+        mention = [name for name in varied if rng.random() < (0.8 if name == "shape" else 0.35)]
         if math.prod(len(VALUES[name]) for name in mention) >= 64:
             return mention
 

@@ -1,0 +1,19 @@
+"""A measured figure beside what was promised."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    promised: str
+    measured: str
+    holds: bool
+
+
+def render(rows: list[Row]) -> str:
+    lines = ["| what | promised | measured | |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.what} | {row.promised} | {row.measured} | {'holds' if row.holds else 'falls short'} |" for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import SourceError
+from workers.sources import list_folder
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def test_files_are_listed_in_order_with_their_folder_as_label(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.png", "a/x/1.png", "c.png", ".hidden/3.png", "a/.hidden.png")
+    listing = list_folder(tmp_path)
+    assert [listing.name(i) for i in range(len(listing))] == ["a/x/1.png", "b/2.png", "c.png"]
+    assert listing.labels.to_pylist() == ["a", "b", None]
+
+
+def test_names_may_be_any_bytes(tmp_path: Path) -> None:
+    touch(tmp_path, "mit Leerzeichen.png", "日本.png")
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff.png"), "wb"):  # noqa: PTH118, PTH123
+        pass
+    listing = list_folder(tmp_path)
+    assert [listing.name(i) for i in range(3)] == ["mit Leerzeichen.png", "日本.png", "\\xff.png"]
+    assert all(os.path.exists(listing.path(i)) for i in range(3))  # noqa: PTH110
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_metadata_adds_columns_and_labels(tmp_path: Path, kind: str) -> None:
+    touch(tmp_path, "a/1.png", "a/2.png", "3.png")
+    table = pa.table({"file_name": ["3.png", "a/1.png", "gone.png"], "label": ["l3", None, "l"], "year": [3, 1, 9]})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "metadata.parquet")
+    else:
+        (tmp_path / "metadata.csv").write_text("file_name,label,year\n3.png,l3,3\na/1.png,,1\ngone.png,l,9\n")
+    listing = list_folder(tmp_path)
+    assert listing.extra.column_names == ["year"]
+    assert listing.extra["year"].to_pylist() == [3, 1, None]
+    assert listing.unmatched == ("gone.png",)
+    assert listing.labels.to_pylist()[0] == "l3"
+    assert listing.labels.to_pylist()[2] == "a"
+
+
+def test_the_digest_changes_with_names_labels_and_columns(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png")
+    digests = [list_folder(tmp_path).digest()]
+    assert list_folder(tmp_path).digest() == digests[0]
+    for text in ("file_name,x\na/1.png,1\n", "file_name,x\na/1.png,2\n", "file_name,label\na/1.png,b\n"):
+        (tmp_path / "metadata.csv").write_text(text)
+        digests.append(list_folder(tmp_path).digest())
+    (tmp_path / "metadata.csv").unlink()
+    touch(tmp_path, "a/2.png")
+    digests.append(list_folder(tmp_path).digest())
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("name\nx\n", "no column 'file_name'"),
+        ("file_name,sha256\na.png,1\n", "rename sha256"),
+        ("file_name,x\na.png,1\na.png,2\n", "more than once"),
+        ("file_name,x\na.png\n", "cannot be read"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, metadata: str, message: str) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text(metadata)
+    with pytest.raises(SourceError, match=message):
+        list_folder(tmp_path)
+
+
+def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "metadata.csv", "metadata.parquet")
+    with pytest.raises(SourceError, match="keep one"):
+        list_folder(tmp_path)
+
+
+def test_an_empty_a_missing_and_no_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nothing to ingest"):
+        list_folder(tmp_path)
+    with pytest.raises(SourceError, match="does not exist"):
+        list_folder(tmp_path / "x")
+    touch(tmp_path, "f")
+    with pytest.raises(SourceError, match="is a file"):
+        list_folder(tmp_path / "f")
