@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from schemas.errors import SpectrographError
 from schemas.recipe import CAPTURES, DTYPES, PRECISIONS, Recipe
-from services.terminal import ingest_and_show, verify_and_show
+from services.terminal import ingest_and_show, new_console, verify_and_show
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -70,7 +69,7 @@ def ingest(source: Path, store: Path, **options: Any) -> None:
     """
     capture = [name.strip() for name in options.pop("capture").split(",") if name.strip()]
     recipe = Recipe.of(capture, dtype=options.pop("dtype"), precision=options.pop("precision"))
-    ingest_and_show(Console(), source, store, recipe, **options)
+    ingest_and_show(new_console(), source, store, recipe, **options)
 
 
 @cli.command()
@@ -82,7 +81,7 @@ def info(store: Path, failures: bool) -> None:
     from services.store import open_store
 
     opened = open_store(store)
-    show_failures(Console(), opened) if failures else show_info(Console(), opened)
+    show_failures(new_console(), opened) if failures else show_info(new_console(), opened)
 
 
 @cli.command()
@@ -93,7 +92,7 @@ def verify(store: Path, sample: int, device: str) -> None:
     """Recompute the checksums of STORE, encode some images anew, and check that contributions sum to the output."""
     from services.store import open_store
 
-    console = Console()
+    console = new_console()
     opened = open_store(store)
     if not verify_and_show(console, opened.folder.path, sample, device):
         raise SpectrographError(f"{store} is damaged: ingest its images into a new store")
@@ -109,4 +108,4 @@ def demo(folder: Path, images: int) -> None:
     """
     from services.demo import run_demo
 
-    run_demo(Console(), folder, images)
+    run_demo(new_console(), folder, images)

@@ -40,7 +40,7 @@ def run_demo(console: Console, folder: Path, count: int) -> None:
         raise PlanError(f"{count} scenes are too few to say anything: draw at least 100")
     images, place = folder / "images", folder / "store"
     _draw(console, folder, images, count)
-    console.print(f"\n$ spectrograph ingest {images} {place} --model {MODEL}", style="bold", highlight=False)
+    console.print(f"\n$ spectrograph ingest {images} {place} --model {MODEL}", style="bold")
     recipe = Recipe.of(["heads", "mlps"], dtype="float16", precision="fp32")
     ingest_and_show(
         console,
@@ -54,10 +54,10 @@ def run_demo(console: Console, folder: Path, count: int) -> None:
         batch_size=32,
         shard_images=None,
     )
-    console.print(f"\n$ spectrograph verify {place}", style="bold", highlight=False)
+    console.print(f"\n$ spectrograph verify {place}", style="bold")
     verify_and_show(console, place, 16, "cpu")
     _show_findings(console, folder, place)
-    console.print(f"\ndone in {time.monotonic() - started:.0f} s; look at {folder / 'index.html'}", highlight=False)
+    console.print(f"\ndone in {time.monotonic() - started:.0f} s; look at {folder / 'index.html'}")
 
 
 def _draw(console: Console, folder: Path, images: Path, count: int) -> None:
@@ -79,7 +79,7 @@ def _draw(console: Console, folder: Path, images: Path, count: int) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(drawn.picture).save(file)
     pq.write_table(pa.Table.from_pylist(truths), images / "metadata.parquet")
-    console.print(f"drew {count} scenes of {', '.join(VALUES)} into {images}", highlight=False)
+    console.print(f"drew {count} scenes of {', '.join(VALUES)} into {images}")
 
 
 def _show_findings(console: Console, folder: Path, place: Path) -> None:

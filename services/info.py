@@ -20,7 +20,7 @@ def show_info(console: Console, store: Store) -> None:
         "recipe": f"{', '.join(recipe.capture)} as {recipe.dtype}, model in {recipe.precision}",
     }
     for name, text in lines.items():
-        console.print(f"{name:8} {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:8} {text}")
     console.print(_batches(store))
     console.print(_arrays(store))
 
@@ -29,11 +29,11 @@ def show_failures(console: Console, store: Store) -> None:
     """Prints each image that could not be stored, with its reason, and how often each reason occurred."""
     rows = store.failures().to_pylist()
     for row in rows:
-        console.print(f"{row['source']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{row['source']}: {row['error']}")
     counted = Counter(row["error"] for row in rows).most_common()
     for reason, count in counted if len(counted) < len(rows) else []:
-        console.print(f"{count} x {reason}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(rows)} failed", highlight=False)
+        console.print(f"{count} x {reason}")
+    console.print(f"{len(rows)} failed")
 
 
 def _batches(store: Store) -> Table:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from workers.planning import Plan
 
 
+def new_console() -> Console:
+    """A console that prints text as it is: paths hold brackets, and logs are searched by line."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
 def ingest_and_show(console: Console, source: Path, store: Path, recipe: Recipe, **options: Any) -> "Outcome":
     """Plans an ingest, shows the plan, runs it and reconciles what was seen.
 
@@ -34,12 +39,12 @@ def ingest_and_show(console: Console, source: Path, store: Path, recipe: Recipe,
     seconds = time.monotonic() - started
     if plan.pending:
         rate = plan.pending_images / seconds
-        console.print(f"wrote {human(outcome.written_bytes)} in {seconds:.1f} s, {rate:.0f} images/s", highlight=False)
+        console.print(f"wrote {human(outcome.written_bytes)} in {seconds:.1f} s, {rate:.0f} images/s")
     else:
         console.print("nothing to do: every shard is recorded")
-    console.print(f"seen {outcome.seen} = stored {outcome.stored} + failed {outcome.failed}", highlight=False)
+    console.print(f"seen {outcome.seen} = stored {outcome.stored} + failed {outcome.failed}")
     if outcome.failed:
-        console.print(f"the reasons: spectrograph info {store} --failures", highlight=False, soft_wrap=True)
+        console.print(f"the reasons: spectrograph info {store} --failures")
     return outcome
 
 
@@ -58,13 +63,11 @@ def _show_plan(console: Console, plan: "Plan") -> None:
         f"write; {human(shutil.disk_usage(above).free)} free",
     }
     for name, text in lines.items():
-        console.print(f"{name:8} {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:8} {text}")
     for name in plan.listing.unmatched[:3]:
-        console.print(
-            f"note     the metadata names {name!r}, which is not in the folder", highlight=False, soft_wrap=True
-        )
+        console.print(f"note     the metadata names {name!r}, which is not in the folder")
     if len(plan.listing.unmatched) > 3:
-        console.print(f"note     and {len(plan.listing.unmatched) - 3} more", highlight=False)
+        console.print(f"note     and {len(plan.listing.unmatched) - 3} more")
 
 
 def verify_and_show(console: Console, store: Path, sample: int, device: str) -> bool:
@@ -79,19 +82,19 @@ def verify_and_show(console: Console, store: Path, sample: int, device: str) -> 
     opened = open_store(store)
     with console.status("Recomputing checksums"):
         sums = verify_checksums(opened.folder)
-    console.print(f"read {sums.objects} objects of {sums.shards} shards, {human(sums.bytes)}", highlight=False)
+    console.print(f"read {sums.objects} objects of {sums.shards} shards, {human(sums.bytes)}")
     problems = [*sums.problems]
     if not problems and sample > 0 and opened.images().num_rows:
         with console.status("Encoding a sample anew"):
             found = verify_sample(opened, sample, device)
         problems += found.problems
         missing = f" ({found.unavailable} more are gone or changed)" if found.unavailable else ""
-        console.print(f"encoded {found.images} images anew{missing}", highlight=False)
+        console.print(f"encoded {found.images} images anew{missing}")
         if found.images:
-            console.print(f"largest difference from the stored output: {found.representation:.1e}", highlight=False)
+            console.print(f"largest difference from the stored output: {found.representation:.1e}")
         if found.total is not None:
-            console.print(f"largest difference from the sum of contributions: {found.total:.1e}", highlight=False)
+            console.print(f"largest difference from the sum of contributions: {found.total:.1e}")
     for problem in problems:
-        console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"problem: {problem}")
     console.print(f"{len(problems)} problems" if problems else "all is well")
     return not problems

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import PrecisionError
+from schemas.errors import BusyStoreError, PrecisionError
 from schemas.layout import ArraySpec
 from schemas.store import StoreFolder
 from schemas.tables import image_schema
@@ -60,11 +60,15 @@ def run_ingest(plan: Plan, progress: Progress) -> Outcome:
         StoreError: the disk refused, or another process is at work on the batch.
         PrecisionError: a number does not fit the store's dtype.
     """
-    name = plan.request.batch
-    folder = create_store(plan.request.store, plan.manifest, _basis_arrays(plan.decomposition.basis))
-    with staging(folder.path, name) as area:
-        if plan.is_new:
+    name, path = plan.request.batch, plan.request.store
+    if plan.is_new_store:
+        create_store(path, plan.manifest, _basis_arrays(plan.decomposition.basis))
+    folder = StoreFolder.open(path)
+    with staging(path, name) as area:
+        if plan.is_new_batch:
             create_batch(folder, area, name, plan.batch)
+        elif set(folder.shards(name)) & set(plan.pending):
+            raise BusyStoreError(f"another process wrote to batch {name!r} of {path} meanwhile: run the command again")
         written = _write_pending(plan, folder, area, progress)
     shards = folder.shards(name)
     seen = sum(len(plan.batch.rows(shard)) for shard in shards)

@@ -65,6 +65,10 @@ def load_model(name: str, pretrained: str | None = None, *, device: str = "cpu")
         ModelError: there is no such model, or its weights cannot be had.
     """
     reference = _reference(name, pretrained)
+    if reference == f"local-dir:{name}":
+        name = str(Path(name).resolve())  # the store must find it from anywhere
+    if pretrained is not None and Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).resolve())
     try:
         with _quiet():
             clip = open_clip.create_model(reference, pretrained, device=device, require_pretrained=True)

@@ -48,7 +48,8 @@ class Plan:
     manifest: Manifest
     batch: Batch
     pending: tuple[int, ...]  # shards that are not recorded yet
-    is_new: bool  # the batch does not exist yet
+    is_new_store: bool
+    is_new_batch: bool
 
     @property
     def image_bytes(self) -> int:
@@ -88,7 +89,7 @@ def plan_ingest(request: Request) -> Plan:
     batch = folder.batch(request.batch) if folder and known else _new_batch(request, manifest, digest, len(listing))
     done = set(folder.shards(request.batch)) if folder else set()
     pending = tuple(shard for shard in range(batch.shards) if shard not in done)
-    return Plan(request, listing, loaded, decomposition, manifest, batch, pending, not known)
+    return Plan(request, listing, loaded, decomposition, manifest, batch, pending, folder is None, not known)
 
 
 def _check(request: Request) -> None:

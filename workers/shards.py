@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore
 
+from schemas.errors import BusyStoreError
 from schemas.layout import BASIS, BATCHES, array_specs, create_array, record_path, shard_key
 from schemas.manifest import Batch, Manifest
 from schemas.store import RECORD_KEY, Digest, StoreFolder
@@ -37,17 +38,18 @@ class BasisArray:
     dims: tuple[str, ...]
 
 
-def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]) -> StoreFolder:
-    """Makes an empty store, or opens the one that another process made meanwhile.
+def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]) -> None:
+    """Makes an empty store.
 
     The root's description is written last: before that there is no store, and a later call starts afresh.
 
     Raises:
+        BusyStoreError: another process is making it, or just did.
         StoreWriteError: the disk refused.
     """
-    with staging(path, _STORE_ITSELF, wait_s=60) as area, refusals(path):
+    with staging(path, _STORE_ITSELF) as area, refusals(path):
         if (path / "zarr.json").is_file():
-            return StoreFolder.open(path)
+            raise BusyStoreError(f"another process made {path} meanwhile: run the command again")
         draft = area.folder / "store"
         group = zarr.open_group(LocalStore(draft), mode="w", zarr_format=3, attributes=manifest.to_json())
         group.create_group(BATCHES)
@@ -64,15 +66,17 @@ def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]
         for part in (BATCHES, BASIS):
             area.publish_folder(draft / part, path / part)
         area.publish_file((draft / "zarr.json").read_bytes(), path / "zarr.json")
-    return StoreFolder.open(path)
 
 
 def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) -> None:
     """Makes a batch without shards.
 
     Raises:
+        BusyStoreError: another process just made it.
         StoreWriteError: the disk refused.
     """
+    if name in folder.batch_names():
+        raise BusyStoreError(f"another process began batch {name!r} of {folder.path} meanwhile: run the command again")
     draft = area.folder / "batch"
     with refusals(draft):
         store = LocalStore(draft)

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from schemas.errors import BusyStoreError, StoreWriteError
+from schemas.errors import BusyStoreError, StoreError, StoreWriteError
 from schemas.layout import STAGING
 
 _LOCK: Final = "lock"
@@ -60,13 +60,13 @@ class Staging:
 
 
 @contextmanager
-def staging(store: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[Staging]:
+def staging(store: Path, purpose: str) -> Iterator[Staging]:
     """The staging area for one purpose (a batch's name), for one process at a time.
 
     What an earlier process left there is removed: whoever holds the lock knows that nobody else is at work.
 
     Raises:
-        BusyStoreError: another process has it, and did not give it back within ``wait_s`` seconds.
+        BusyStoreError: another process has it.
         StoreWriteError: the disk refused.
     """
     folder = store / STAGING / purpose
@@ -74,7 +74,7 @@ def staging(store: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[Stagi
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK)
         try:
-            lock.acquire(timeout=wait_s)
+            lock.acquire(timeout=0)
         except Timeout:
             raise BusyStoreError(f"another process is writing {purpose!r} to {store}: wait until it ends") from None
     try:
@@ -96,7 +96,7 @@ def refusals(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (BusyStoreError, StoreWriteError):
+    except StoreError:
         raise
     except OSError as error:
         reason = error.strerror or str(error)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,14 @@ import xarray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from schemas.errors import PlanError, PrecisionError, SourceError, StoreMismatchError, UnsupportedModelError
+from schemas.errors import (
+    BusyStoreError,
+    PlanError,
+    PrecisionError,
+    SourceError,
+    StoreMismatchError,
+    UnsupportedModelError,
+)
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
 from services.store import open_store
@@ -28,6 +37,7 @@ from workers.decoding import as_shown
 from workers.ingest import Outcome, run_ingest
 from workers.planning import plan_ingest
 from workers.sources import list_folder
+from workers.staging import staging
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -276,3 +286,32 @@ def test_a_store_is_readable_without_this_code(full_store: Path) -> None:
     root = json.loads((full_store / "zarr.json").read_text())["attributes"]["spectrograph"]
     assert root["recipe"]["capture"] == ["heads", "mlps", "cls_to_cls", "tokens"]
     assert root["model"]["config"]["embed_dim"] == 32
+
+
+@pytest.mark.parametrize("begun", ["nothing", "store", "batch"])
+def test_a_plan_that_another_process_overtook_is_refused_and_harms_nothing(ingest: Ingest, begun: str) -> None:
+    if begun != "nothing":
+        ingest(batch="other" if begun == "store" else "default")
+    if begun == "batch":
+        (ingest.request.store / "images" / "default" / "000001.parquet").unlink()
+    slow = plan_ingest(ingest.request)
+    ingest()
+    before = contents(ingest.request.store)
+    with pytest.raises(BusyStoreError, match="meanwhile: run the command again"):
+        run_ingest(slow, Recorder())
+    assert contents(ingest.request.store) == before
+    assert ingest().stored == 40
+
+
+def test_a_batch_that_is_being_written_is_refused(ingest: Ingest) -> None:
+    ingest(batch="other")
+    plan = plan_ingest(ingest.request)
+    with staging(ingest.request.store, "default"), pytest.raises(BusyStoreError, match="wait until it ends"):
+        in_thread(lambda: run_ingest(plan, Recorder()))
+    assert run_ingest(plan, Recorder()).stored == 40
+
+
+def in_thread(call: Callable[[], object]) -> None:
+    """Runs a call in another thread: a lock's owner is let in again."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()

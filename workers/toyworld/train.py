@@ -31,7 +31,14 @@ TRAIN_SEED: Final = 1
 HELD_OUT_SEED: Final = 2
 TEXT: Final = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VISION: Final[dict[str, dict[str, Any]]] = {
-    "vit": {"image_size": SIDE, "layers": 6, "width": 128, "head_width": 32, "patch_size": 8},
+    "vit": {
+        "image_size": SIDE,
+        "layers": 6,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 8,
+        "pos_embed_type": "sin_cos_2d",  # places learned from nothing come late, and shapes later still
+    },
     "resnet": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
 }
 MEAN, STD = (0.45, 0.45, 0.45), (0.27, 0.27, 0.27)
