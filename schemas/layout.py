@@ -28,7 +28,6 @@ BATCHES: Final = "batches"
 BASIS: Final = "basis"
 IMAGES: Final = "images"
 STAGING: Final = ".staging"
-BASIS_ARRAYS: Final = ("heads", "norm_terms", "bias_terms")
 
 _BATCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _CHUNK_BYTES: Final = 512 * 1024

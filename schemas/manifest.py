@@ -25,7 +25,7 @@ class Model:
     dim: int  # of the joint image-text space
     terms: int  # constants per image
     config: Mapping[str, Any]  # open_clip's
-    preprocessing: Mapping[str, Any]  # open_clip's
+    preprocessing: Mapping[str, Any]  # how a file becomes the model's input
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a store's attributes."""
@@ -34,7 +34,7 @@ class Model:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**_typed(cls, values))
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, attributes: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; a ``KeyError`` where something is missing."""
-        values = attributes[KEY]
-        return cls(
-            Model.from_json(values["model"]),
-            Recipe.from_json(values["recipe"]),
-            values["libraries"],
-            values["created"],
-        )
+        """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
+        values = _typed(cls, attributes.get(KEY))
+        values["model"] = Model.from_json(values["model"])
+        values["recipe"] = Recipe.from_json(values["recipe"])
+        return cls(**values)
 
     def differences(self, model: Model, recipe: Recipe) -> list[str]:
         """What would make another model or recipe write other numbers into this store, in words."""
@@ -108,8 +105,25 @@ class Batch:
 
     @classmethod
     def from_json(cls, attributes: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; a ``KeyError`` where something is missing."""
-        return cls(**{field.name: attributes[KEY][field.name] for field in fields(cls)})
+        """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
+        return cls(**_typed(cls, attributes.get(KEY)))
+
+
+def _typed(cls: type, values: Any) -> dict[str, Any]:
+    """The values of a dataclass's fields, as far as JSON can show that they are right."""
+    found = {}
+    for field in fields(cls):
+        value = values.get(field.name) if isinstance(values, Mapping) else None
+        if field.type is int:
+            right = isinstance(value, int) and value >= 1
+        elif field.type in (str, str | None):
+            right = isinstance(value, str) or (value is None and field.type is not str)
+        else:
+            right = isinstance(value, Mapping)
+        if not right:
+            raise ValueError(f"{field.name!r} is {value!r}")
+        found[field.name] = value
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -46,5 +46,8 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls(tuple(values["capture"]), values["dtype"], values["precision"])
+        """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
+        capture = values.get("capture")
+        return cls(
+            tuple(capture if isinstance(capture, list) else ()), values.get("dtype", ""), values.get("precision", "")
+        )

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from schemas.errors import DamagedStoreError, NotAStoreError, SelectionError
 from schemas.layout import BASIS, BATCHES, ArraySpec, array_specs, record_path, shard_key
 from schemas.manifest import FORMAT, KEY, Batch, Manifest
+from schemas.tables import IMAGE_COLUMNS
 
 RECORD_KEY: Final = b"spectrograph"
 
@@ -43,15 +46,16 @@ class StoreFolder:
             DamagedStoreError: its description cannot be read.
         """
         attributes = _attributes(path)
-        if KEY not in attributes:
+        described = attributes.get(KEY)
+        if described is None:
             raise NotAStoreError(f"{path} is no Spectrograph store: make one with 'spectrograph ingest SOURCE {path}'")
-        found = attributes[KEY].get("format")
-        if found != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else None
+        if isinstance(found, int) and found != FORMAT:
             raise NotAStoreError(f"{path} is a store of format {found}, and this version reads format {FORMAT}")
         try:
             manifest = Manifest.from_json(attributes)
-        except (KeyError, TypeError) as error:
-            raise DamagedStoreError(f"{path / 'zarr.json'} does not describe the store: {error} is missing") from error
+        except ValueError as error:
+            raise DamagedStoreError(f"{path / 'zarr.json'} does not describe the store: {error}") from error
         return cls(path, manifest, {spec.name: spec for spec in array_specs(manifest.model, manifest.recipe)})
 
     def batch_names(self) -> list[str]:
@@ -73,15 +77,14 @@ class StoreFolder:
             raise SelectionError(f"{self.path} has no batch {name!r}; it has {', '.join(self.batch_names()) or 'none'}")
         try:
             return Batch.from_json(_attributes(self.path / BATCHES / name))
-        except (KeyError, TypeError) as error:
-            raise DamagedStoreError(
-                f"batch {name!r} of {self.path} does not describe itself: {error} is missing"
-            ) from error
+        except ValueError as error:
+            raise DamagedStoreError(f"batch {name!r} of {self.path} does not describe itself: {error}") from error
 
     def shards(self, batch: str) -> list[int]:
         """The shards of a batch that exist, in order."""
         folder = (self.path / record_path(batch, 0)).parent
-        return sorted(int(file.stem) for file in folder.glob("*.parquet")) if folder.is_dir() else []
+        files = folder.glob("*.parquet") if folder.is_dir() else ()
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def record(self, batch: str, shard: int) -> pa.Table:
         """The image table of one shard.
@@ -91,9 +94,14 @@ class StoreFolder:
         """
         file = self.path / record_path(batch, shard)
         try:
-            return pq.read_table(file, partitioning=None)
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
             raise DamagedStoreError(f"{file} cannot be read: {error}") from error
+        if table.column_names[: len(IMAGE_COLUMNS)] != IMAGE_COLUMNS.names or any(
+            table.schema.field(field.name).type != field.type for field in IMAGE_COLUMNS
+        ):
+            raise DamagedStoreError(f"{file} has other columns than an image table")
+        return table
 
     def digests(self, batch: str, shard: int) -> dict[str, Digest]:
         """What the record of one shard says of its objects, by array.
@@ -105,7 +113,7 @@ class StoreFolder:
         try:
             values = json.loads(pq.read_schema(file).metadata[RECORD_KEY])
             return {name: Digest(**digest) for name, digest in values["arrays"].items()}
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DamagedStoreError(f"{file} does not say what its shard holds: {error}") from error
 
     def shard_path(self, batch: str, spec: ArraySpec, shard: int) -> Path:
@@ -116,9 +124,41 @@ class StoreFolder:
         """One array of a batch, to read."""
         return self._array(f"{BATCHES}/{batch}/{name}")
 
-    def basis(self, name: str) -> zarr.Array[Any]:
-        """One array of the basis, to read."""
-        return self._array(f"{BASIS}/{name}")
+    def basis(self) -> dict[str, NDArray[np.float32]]:
+        """The basis, by array.
+
+        Raises:
+            DamagedStoreError: some of it is missing or changed.
+        """
+        model = self.manifest.model
+        shapes = {
+            "heads": (model.layers, model.heads, model.coefficients, model.dim),
+            "norm_terms": (model.terms, model.dim),
+            "bias_terms": (model.layers, model.terms, model.dim),
+        }
+        found = {}
+        for name, shape in shapes.items():
+            place = self.path / BASIS / name
+            try:
+                values = np.asarray(self._array(f"{BASIS}/{name}")[:], np.float32)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise DamagedStoreError(f"{place} is damaged: {error}") from error
+            if values.shape != shape or not np.isfinite(values).all():
+                raise DamagedStoreError(f"{place} is damaged: parts of it were never written, or are gone")
+            found[name] = values
+        return found
+
+    def array_metadata(self, batch: str, name: str) -> bytes:
+        """The ``zarr.json`` of one array of a batch.
+
+        Raises:
+            DamagedStoreError: it is missing.
+        """
+        file = self.path / BATCHES / batch / name / "zarr.json"
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise DamagedStoreError(f"{file} cannot be read: {error.strerror}") from error
 
     def _array(self, path: str) -> zarr.Array[Any]:
         try:

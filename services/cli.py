@@ -19,15 +19,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("interrupted", _INTERRUPTED)
+    except click.exceptions.Abort:  # what click makes of Ctrl-C
+        _fail("interrupted; what was recorded is safe, and the same command goes on from there", _INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except SpectrographError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was recorded is safe, and the same command goes on from there", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -13,20 +13,20 @@ from rich.progress import track
 from rich.table import Table
 
 from schemas.components import Component
-from schemas.errors import PlanError
+from schemas.errors import DamagedStoreError, PlanError
 from schemas.recipe import Recipe
 from services.demo_page import write_page
 from services.roles import Retrieval, Task, ablation_losses, best_retrieval
 from services.store import open_store
 from services.terminal import ingest_and_show, verify_and_show
 from workers.models import load_model
+from workers.staging import refusals
 from workers.toyworld.attributes import VALUES, World, prompts
 from workers.toyworld.scenes import scene
 
 MODEL: Final = "toy-vit"
 NEIGHBOURS: Final = 8
 _SEED: Final = 7  # scenes that no model was trained on
-_MARK: Final = "This folder was made by 'spectrograph demo'.\n"
 
 
 def run_demo(console: Console, folder: Path, count: int) -> None:
@@ -39,7 +39,8 @@ def run_demo(console: Console, folder: Path, count: int) -> None:
     if count < 100:
         raise PlanError(f"{count} scenes are too few to say anything: draw at least 100")
     images, place = folder / "images", folder / "store"
-    _draw(console, folder, images, count)
+    _check_folder(folder, count)
+    _draw(console, images, count)
     console.print(f"\n$ spectrograph ingest {images} {place} --model {MODEL}", style="bold")
     recipe = Recipe.of(["heads", "mlps"], dtype="float16", precision="fp32")
     ingest_and_show(
@@ -55,30 +56,40 @@ def run_demo(console: Console, folder: Path, count: int) -> None:
         shard_images=None,
     )
     console.print(f"\n$ spectrograph verify {place}", style="bold")
-    verify_and_show(console, place, 16, "cpu")
+    if not verify_and_show(console, place, 16, "cpu"):
+        raise DamagedStoreError(f"{place} is damaged: remove {folder} and run the demo again")
     _show_findings(console, folder, place)
     console.print(f"\ndone in {time.monotonic() - started:.0f} s; look at {folder / 'index.html'}")
 
 
-def _draw(console: Console, folder: Path, images: Path, count: int) -> None:
-    """Draws the scenes that are not there yet, one sub-folder per shape, with the truth in ``metadata.parquet``."""
-    mark = folder / "MADE-BY-SPECTROGRAPH"
-    if folder.exists() and any(folder.iterdir()) and not mark.is_file():
+def _check_folder(folder: Path, count: int) -> None:
+    """Marks the folder as the demo's own, unless it is somebody's."""
+    mark, made = folder / "MADE-BY-SPECTROGRAPH", f"spectrograph demo --images {count}\n"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not mark.is_file()):
         raise PlanError(f"{folder} holds something else: name another folder for the demo")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(_MARK)
+    if mark.is_file() and mark.read_text() != made:
+        raise PlanError(f"{folder} holds another demo ({mark.read_text().strip()}): name another folder, or remove it")
+    with refusals(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(made)
+
+
+def _draw(console: Console, images: Path, count: int) -> None:
+    """Draws the scenes that are not there yet, one sub-folder per shape, with the truth in ``metadata.parquet``."""
     truths = []
-    for index in track(
-        range(count), "Drawing scenes", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for index in track(range(count), "Drawing", console=console, transient=True, disable=not console.is_terminal):
         drawn = scene(World(), seed=_SEED, index=index)
         name = f"{drawn.attributes.shape}/{index:05d}.png"
         truths.append({"file_name": name, "caption": drawn.attributes.caption(), **drawn.attributes.labels()})
         file = images / name
         if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn.picture).save(file)
-    pq.write_table(pa.Table.from_pylist(truths), images / "metadata.parquet")
+            with refusals(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                private = file.with_name(f".{file.name}")
+                Image.fromarray(drawn.picture).save(private, "PNG")
+                private.replace(file)
+    with refusals(images):
+        pq.write_table(pa.Table.from_pylist(truths), images / "metadata.parquet")
     console.print(f"drew {count} scenes of {', '.join(VALUES)} into {images}")
 
 

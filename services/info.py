@@ -12,9 +12,10 @@ from services.store import Store
 def show_info(console: Console, store: Store) -> None:
     """Prints how the store was made, its batches and its arrays."""
     manifest, model, recipe = store.manifest, store.manifest.model, store.manifest.recipe
+    writer = manifest.libraries.get("spectrograph", "of an unknown version")
     weights = f"{model.name} {model.pretrained or ''}".strip()
     lines = {
-        "store": f"{store.folder.path}, made {manifest.created} by spectrograph {manifest.libraries['spectrograph']}",
+        "store": f"{store.folder.path}, made {manifest.created} by spectrograph {writer}",
         "model": f"{weights}, weights {model.fingerprint[:12]}",
         "parts": f"{model.layers} layers of {model.heads} heads and an MLP; {model.dim} dimensions",
         "recipe": f"{', '.join(recipe.capture)} as {recipe.dtype}, model in {recipe.precision}",

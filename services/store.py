@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
 from schemas.errors import ComponentError, DamagedStoreError, SelectionError
-from schemas.layout import BASIS_ARRAYS
 from schemas.manifest import Manifest
 from schemas.store import Digest, StoreFolder
 from schemas.tables import IMAGE_COLUMNS
 from services.contributions import Basis, Contributions, Floats, View, shared_out
+
+_SHARD: Final = ""  # a column of our own beside those of sources, whose columns have names
 
 Index = int | slice | Sequence[int] | None
 Indices = NDArray[np.intp]
@@ -73,12 +74,12 @@ class Store:
 
     def images(self) -> pa.Table:
         """One row per stored image: ids, where it came from, labels and the source's own columns."""
-        return self._table.drop_columns(["shard", "error"])
+        return self._table.drop_columns([_SHARD, "error"])
 
     def failures(self) -> pa.Table:
         """One row per image that could not be stored, with the reason in ``error``."""
         table = self._everything
-        return table.filter(pa.compute.is_valid(table["error"])).drop_columns(["shard"])
+        return table.filter(pa.compute.is_valid(table["error"])).drop_columns([_SHARD])
 
     def components(self) -> list[Component]:
         """Every component whose contribution is stored, in the order in which the model applies them."""
@@ -188,9 +189,9 @@ class Store:
         for batch in self.batches():
             for shard in self.folder.shards(batch):
                 table = self.folder.record(batch, shard)
-                tables.append(table.append_column("shard", pa.array([shard] * table.num_rows, pa.int64())))
+                tables.append(table.append_column(_SHARD, pa.array([shard] * table.num_rows, pa.int64())))
         if not tables:
-            return pa.schema([*IMAGE_COLUMNS, pa.field("shard", pa.int64())]).empty_table()
+            return pa.schema([*IMAGE_COLUMNS, pa.field(_SHARD, pa.int64())]).empty_table()
         return pa.concat_tables(tables, promote_options="permissive")
 
     @cached_property
@@ -200,7 +201,7 @@ class Store:
 
     @cached_property
     def _basis(self) -> Basis:
-        return Basis(*(np.asarray(self.folder.basis(name)[:]) for name in BASIS_ARRAYS))
+        return Basis(**self.folder.basis())
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -265,7 +266,7 @@ class Store:
         """The chosen images by shard, so that each shard is read once and a damaged one can be named."""
         table = self._table if chosen is None else self._table.take(pa.array(chosen))
         batches = table["batch"].to_numpy(zero_copy_only=False)
-        shards, rows = table["shard"].to_numpy(), table["row"].to_numpy()
+        shards, rows = table[_SHARD].to_numpy(), table["row"].to_numpy()
         for batch in sorted(set(batches)):
             for shard in np.unique(shards[batches == batch]):
                 places = np.flatnonzero((batches == batch) & (shards == shard))

@@ -1,7 +1,9 @@
 """From a file's bytes to the model's input: what a person would see, or the reason why nothing can be seen."""
 
+import errno
 import hashlib
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -14,17 +16,27 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from schemas.errors import SourceError
 from workers.sources import is_regular
 
 MAX_FILE_BYTES: Final = 1024**3
 MAX_PIXELS: Final = 100_000_000
 MAX_ASPECT: Final = 500
 
+# Part of a store's description: whoever changes what a picture looks like to the model changes this sentence too.
+DECODING: Final = "first frame, rotated as EXIF says, 16 bits scaled to 8, transparency dropped, RGB"
+
 # Pillow's own limit warns in one thread for all, once. The one below is checked for every image before it is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 # Pillow warns of damage that it survives. Here an image is stored or its failure is recorded, nothing between.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# The formats that images are kept in. Others decode before their size is known, or start programs.
+_FORMATS: Final = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+
+# A file that is damaged says so again tomorrow. These say that this machine is short of something now.
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 # What Pillow's decoders are known to raise on files that are cut short, damaged or made to harm.
 _DAMAGE: Final = (
@@ -36,7 +48,8 @@ _DAMAGE: Final = (
     LookupError,
     ArithmeticError,
     AttributeError,
-    MemoryError,
+    AssertionError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -69,15 +82,23 @@ class UnusableImageError(ValueError):
 
 
 def decode_file(path: bytes, preprocess: Preprocess) -> Decoded:
-    """Reads and preprocesses one image; what goes wrong is told in ``facts.error``."""
+    """Reads and preprocesses one image; what is wrong with the file is told in ``facts.error``.
+
+    Raises:
+        SourceError: this machine lacks the memory or the file handles to read it.
+    """
     try:
         if not is_regular(path):
             return Decoded(FileFacts(error="not a regular file"), None)
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
+        return decode(data, preprocess)
+    except MemoryError as error:
+        raise SourceError(f"not enough memory for {os.fsdecode(path)}: ingest with fewer things beside it") from error
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise SourceError(f"cannot read {os.fsdecode(path)} now: {error.strerror}") from error
         return Decoded(FileFacts(error=f"cannot be read: {error.strerror or error}"), None)
-    return decode(data, preprocess)
 
 
 def decode(data: bytes, preprocess: Preprocess) -> Decoded:
@@ -88,7 +109,7 @@ def decode(data: bytes, preprocess: Preprocess) -> Decoded:
     if len(data) > MAX_FILE_BYTES:
         return Decoded(replace(facts, error=f"larger than {MAX_FILE_BYTES} bytes"), None)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             facts = replace(facts, format=image.format, width=image.width, height=image.height)
             _check_size(image)
             upright = _upright(image)

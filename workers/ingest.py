@@ -25,10 +25,12 @@ from schemas.tables import image_schema
 from workers.decoding import Decoded, FileFacts, decode_file
 from workers.planning import Plan
 from workers.shards import BasisArray, create_batch, create_store, write_shard
+from workers.sources import as_text
 from workers.staging import Staging, staging
 from workers.vit import Basis
 
 _WINDOW_BATCHES: Final = 3
+_MOST_LOST: Final = 1e-3  # of the norm of what is rounded; half a unit in the last place of float16 is half of it
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,22 @@ def run_ingest(plan: Plan, progress: Progress) -> Outcome:
     if plan.is_new_store:
         create_store(path, plan.manifest, _basis_arrays(plan.decomposition.basis))
     folder = StoreFolder.open(path)
-    with staging(path, name) as area:
-        if plan.is_new_batch:
-            create_batch(folder, area, name, plan.batch)
-        elif set(folder.shards(name)) & set(plan.pending):
-            raise BusyStoreError(f"another process wrote to batch {name!r} of {path} meanwhile: run the command again")
-        written = _write_pending(plan, folder, area, progress)
+    written = _write(plan, folder, progress) if plan.pending else 0
     shards = folder.shards(name)
     seen = sum(len(plan.batch.rows(shard)) for shard in shards)
     failed = sum(folder.record(name, shard)["error"].drop_null().length() for shard in shards)
     return Outcome(seen, seen - failed, failed, written)
+
+
+def _write(plan: Plan, folder: StoreFolder, progress: Progress) -> int:
+    """Writes the pending shards as the one writer of the batch, and returns their bytes."""
+    name = plan.request.batch
+    with staging(folder.path, name) as area:
+        if plan.is_new_batch:
+            create_batch(folder, area, name, plan.batch)
+        elif set(folder.shards(name)) & set(plan.pending):
+            raise BusyStoreError(f"another process wrote to batch {name!r} of {folder.path} meanwhile: run it again")
+        return _write_pending(plan, folder, area, progress)
 
 
 def _write_pending(plan: Plan, folder: StoreFolder, area: Staging, progress: Progress) -> int:
@@ -128,15 +136,17 @@ class _Shard:
 
     def put(self, positions: list[int], found: Mapping[str, torch.Tensor]) -> None:
         """Stores a batch's numbers; images whose numbers are no numbers become failures."""
-        finite = torch.isfinite(found["representation"]).all(dim=1).cpu().numpy()  # (B,)
+        parts = {name: found[name].cpu().numpy() for name in self.arrays}  # (B, ...) each
+        finite = np.all(
+            [np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts.values()], axis=0
+        )  # (B,)
         for position in np.asarray(positions)[~finite]:
             self.facts[position] = replace(self.facts[position], error="the model's output is not finite")
         rows = np.asarray(positions)[finite]
         for name, array in self.arrays.items():
-            values = found[name].cpu().numpy()[finite]
             with np.errstate(over="ignore"):
-                array[rows] = values
-            _check_overflow(name, array, rows, values)
+                array[rows] = parts[name][finite]
+            _check_rounding(name, array[rows], parts[name][finite])
 
     def table(self, plan: Plan) -> pa.Table:
         """The shard's image table."""
@@ -147,7 +157,7 @@ class _Shard:
             "image_id": [f"{batch}/{name}" for name in names],
             "batch": [batch] * len(names),
             "row": list(self.rows),
-            "source": [f"{plan.batch.source}/{name}" for name in names],
+            "source": [as_text(listing.path(row)) for row in self.rows],
             "label": listing.labels[self.rows.start : self.rows.stop],
             **facts,
         }
@@ -173,12 +183,20 @@ def _fill(
     return filling
 
 
-def _check_overflow(name: str, array: NDArray[Any], rows: NDArray[Any], values: NDArray[Any]) -> None:
-    if len(rows) and not np.isfinite(array[rows]).all() and np.isfinite(values).all():
+def _check_rounding(name: str, stored: NDArray[np.floating[Any]], values: NDArray[np.floating[Any]]) -> None:
+    """A number past the largest of its type becomes infinite, and one below the smallest vanishes: both are said."""
+    if stored.dtype == values.dtype or not stored.size:
+        return
+    rows = values.reshape(len(values), -1)
+    lost = np.linalg.norm(stored.astype(values.dtype).reshape(rows.shape) - rows, axis=1)
+    if not (lost <= _MOST_LOST * np.linalg.norm(rows, axis=1)).all():
         largest = float(np.abs(values).max())
-        raise PrecisionError(
-            f"{name} reach {largest:.3g}, which overflows {array.dtype}: use another store with --dtype float32"
+        why = (
+            f"reach {largest:.3g}, which overflows"
+            if np.isinf(stored).any()
+            else f"are at most {largest:.3g}, too small for"
         )
+        raise PrecisionError(f"{name} {why} {stored.dtype}: use another store with --dtype float32")
 
 
 def _basis_arrays(basis: Basis) -> dict[str, BasisArray]:

@@ -19,14 +19,26 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 
 from schemas.errors import ModelError
-from workers.decoding import Preprocess
+from workers.decoding import DECODING, Preprocess
 
 TOYS: Final = {
     "toy-vit": Path(__file__).parent / "toyworld" / "vit",
     "toy-resnet": Path(__file__).parent / "toyworld" / "resnet",
 }
 _CONFIG: Final = "open_clip_config.json"
-_FAILURES: Final = (RuntimeError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
+_FAILURES: Final = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class LoadedModel:
     clip: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
     preprocess: Preprocess
     config: dict[str, Any]
-    preprocessing: dict[str, Any]
+    preprocessing: dict[str, Any]  # open_clip's settings, and what happens to a picture before them
     device: str
     fingerprint: str  # SHA-256 of all weights
 
@@ -65,7 +77,7 @@ def load_model(name: str, pretrained: str | None = None, *, device: str = "cpu")
         ModelError: there is no such model, or its weights cannot be had.
     """
     reference = _reference(name, pretrained)
-    if reference == f"local-dir:{name}":
+    if name not in TOYS and Path(name).is_dir():
         name = str(Path(name).resolve())  # the store must find it from anywhere
     if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
@@ -73,12 +85,19 @@ def load_model(name: str, pretrained: str | None = None, *, device: str = "cpu")
         with _quiet():
             clip = open_clip.create_model(reference, pretrained, device=device, require_pretrained=True)
             config = open_clip.get_model_config(reference)
+        settings = dict(clip.visual.preprocess_cfg)
+        preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     except _FAILURES as error:
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
-    settings = dict(clip.visual.preprocess_cfg)
-    preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return LoadedModel(
-        name, pretrained, clip.eval(), preprocess, dict(config or {}), settings, device, fingerprint(clip)
+        name,
+        pretrained,
+        clip.eval(),
+        preprocess,
+        dict(config or {}),
+        {"decoding": DECODING, **settings},
+        device,
+        fingerprint(clip),
     )
 
 
@@ -113,6 +132,10 @@ def _reference(name: str, pretrained: str | None) -> str:
         raise ModelError(f"{name} needs trained weights: add --pretrained with a file or one of {_some(tags)}")
     if pretrained not in tags and not Path(pretrained).is_file():
         raise ModelError(f"{name} has no weights {pretrained!r}: give a file or one of {_some(tags)}")
+    quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    if pretrained in tags and bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu")) != quick:
+        twin = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+        raise ModelError(f"the weights {pretrained!r} were trained with another activation than {name}'s: use {twin}")
     return name
 
 
@@ -122,7 +145,7 @@ def _some(tags: list[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:400]
+    return f"{type(error).__name__}: {lines[0]}"[:400] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

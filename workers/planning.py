@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import numpy as np
+import pyarrow as pa
 import torch
 
-from schemas.errors import PlanError, StoreMismatchError, UnsupportedModelError
-from schemas.layout import BASIS_ARRAYS, STAGING, array_specs, check_batch_name, image_bytes, shard_images
+from schemas.errors import DamagedStoreError, PlanError, SourceError, StoreMismatchError, UnsupportedModelError
+from schemas.layout import BASIS, BATCHES, STAGING, array_specs, check_batch_name, image_bytes, shard_images
 from schemas.manifest import Batch, Manifest, Model
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
@@ -19,6 +19,7 @@ from workers.models import LoadedModel, load_model
 from workers.sources import Listing, list_folder
 from workers.vit import Basis, VitDecomposition
 
+_DEVICES: Final = ("cpu", "cuda", "mps")
 _LIBRARIES: Final = ("spectrograph", "torch", "open_clip_torch", "zarr", "numcodecs", "pyarrow", "pillow")
 
 
@@ -74,6 +75,8 @@ def plan_ingest(request: Request) -> Plan:
     listing = list_folder(request.source)
     digest = listing.digest()
     known = folder is not None and request.batch in folder.batch_names()
+    if folder is not None:
+        _check_columns(folder, listing)
     if folder is not None and known:
         _check_batch(folder, request, digest, len(listing))
     loaded = load_model(request.model, request.pretrained, device=device)
@@ -87,7 +90,7 @@ def plan_ingest(request: Request) -> Plan:
             )
     manifest = folder.manifest if folder else _manifest(model, request.recipe)
     batch = folder.batch(request.batch) if folder and known else _new_batch(request, manifest, digest, len(listing))
-    done = set(folder.shards(request.batch)) if folder else set()
+    done = set(folder.shards(request.batch)) if folder and known else set()
     pending = tuple(shard for shard in range(batch.shards) if shard not in done)
     return Plan(request, listing, loaded, decomposition, manifest, batch, pending, folder is None, not known)
 
@@ -97,6 +100,12 @@ def _check(request: Request) -> None:
     for name, value in (("batch size", request.batch_size), ("shard size", request.shard_images)):
         if value is not None and value < 1:
             raise PlanError(f"a {name} of {value} images holds nothing: give at least 1")
+    for place in (request.source, request.store):
+        try:
+            str(place.resolve()).encode()
+            place.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long or not text
+            raise PlanError(f"{str(place)[:200]!r} cannot name a folder here: {str(error)[:100]}") from error
     source, store = request.source.resolve(), request.store.resolve()
     if store == source or source in store.parents:
         raise PlanError(f"the store {request.store} lies inside the source {request.source}: put it beside it")
@@ -105,33 +114,53 @@ def _check(request: Request) -> None:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in _DEVICES:
+        raise PlanError(f"the device {name!r} is not supported: choose auto, {', '.join(_DEVICES)} or one like cuda:1")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PlanError(
-            f"the device {name!r} cannot be used here ({reason}): leave out --device to choose one"
-        ) from error
+        reason = str(error).strip().splitlines()[0][:200]
+        raise PlanError(f"the device {name!r} cannot be used ({reason}): leave out --device to choose one") from error
     return name
 
 
 def _open(store: Path) -> StoreFolder | None:
-    """The store, if it exists; nothing, if it can be made."""
+    """The store, if it exists; nothing, if it can be made there."""
+    if not store.exists():
+        return None
     if store.is_dir():
         names = {entry.name for entry in store.iterdir()}
-        if not names or ("zarr.json" not in names and STAGING in names):
-            return None  # empty, or making it was interrupted
-    elif not store.exists():
-        return None
+        begun = STAGING in names and names <= {STAGING, BASIS, BATCHES}  # as making a store leaves it, if interrupted
+        if not names or (begun and not any((store / BATCHES).glob("*/zarr.json"))):
+            return None
+        if STAGING in names and "zarr.json" not in names:
+            raise DamagedStoreError(f"{store} has lost its zarr.json: restore it, or name another store")
     return StoreFolder.open(store)
 
 
+def _check_columns(folder: StoreFolder, listing: Listing) -> None:
+    """One table shows all batches: a column cannot be a number in one and text in another."""
+    for name in folder.batch_names():
+        for shard in folder.shards(name)[:1]:
+            try:
+                pa.unify_schemas(
+                    [folder.record(name, shard).schema, listing.extra.schema], promote_options="permissive"
+                )
+            except pa.ArrowException as error:
+                raise SourceError(f"the metadata does not go with that of batch {name!r}: {error}") from error
+
+
 def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int) -> None:
-    batch = folder.batch(request.batch)
+    batch, source = folder.batch(request.batch), str(request.source.resolve())
+    if batch.source != source:
+        raise StoreMismatchError(
+            f"batch {request.batch!r} was begun from {batch.source}, not {source}: "
+            "ingest it under another name with --batch"
+        )
     if batch.listing != digest:
         raise StoreMismatchError(
             f"batch {request.batch!r} was begun with {batch.images} images from {batch.source}, and {request.source} "
-            f"now lists {images} with other names, labels or columns: ingest it under another name with --batch"
+            f"now lists {images} with other names, sizes, labels or columns: ingest it under another name with --batch"
         )
     wanted = request.shard_images
     if wanted is not None and shard_images(tuple(folder.specs.values()), wanted, images) != batch.shard_images:
@@ -144,7 +173,7 @@ def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int
 def _decomposition(request: Request, loaded: LoadedModel, folder: StoreFolder | None) -> VitDecomposition:
     basis = None
     if folder is not None and folder.manifest.model.fingerprint == loaded.fingerprint:
-        basis = Basis(*(np.asarray(folder.basis(name)[:]) for name in BASIS_ARRAYS))
+        basis = Basis(**folder.basis())
     try:
         return VitDecomposition(
             loaded.clip.visual, request.recipe.capture, precision=request.recipe.precision, basis=basis

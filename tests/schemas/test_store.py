@@ -1,9 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from schemas.errors import DamagedStoreError, NotAStoreError, SelectionError
+from schemas.layout import record_path
 from schemas.store import StoreFolder
 
 
@@ -15,6 +18,9 @@ from schemas.store import StoreFolder
         ("{}", NotAStoreError, "no Spectrograph store"),
         (json.dumps({"attributes": {"spectrograph": {"format": 99}}}), NotAStoreError, "format 99"),
         (json.dumps({"attributes": {"spectrograph": {"format": 1}}}), DamagedStoreError, "model"),
+        (json.dumps({"attributes": {"spectrograph": [1]}}), DamagedStoreError, "does not describe"),
+        (json.dumps({"attributes": 3}), NotAStoreError, "no Spectrograph store"),
+        ("[]", DamagedStoreError, "not JSON"),
     ],
 )
 def test_what_is_no_store_is_told_from_what_is_a_damaged_one(
@@ -54,3 +60,54 @@ def test_the_manifest_says_how_the_store_was_made(full_store: Path) -> None:
     assert manifest.model.config["vision_cfg"]["layers"] == 4
     assert manifest.model.preprocessing["interpolation"] == "bicubic"
     assert {"torch", "zarr", "spectrograph"} <= set(manifest.libraries)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "layers"), None),
+        (("model", "dim"), 0),
+        (("model", "config"), "x"),
+        (("recipe", "capture"), ["souls"]),
+        (("recipe", "dtype"), 3),
+        (("libraries",), None),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_damage(
+    full_store: Path, tmp_path: Path, path: tuple[str, ...], value: object
+) -> None:
+    described = json.loads((full_store / "zarr.json").read_text())
+    place = described["attributes"]["spectrograph"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / "zarr.json").write_text(json.dumps(described))
+    with pytest.raises(DamagedStoreError, match="does not describe the store"):
+        StoreFolder.open(tmp_path)
+
+
+def test_flipped_bits_in_a_record_never_pass_for_other_values(full_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(full_store, store)
+    folder = StoreFolder.open(store)
+    truth = folder.record("default", 1)
+    file = store / record_path("default", 1)
+    stock = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(0, len(stock), 200):
+        data = bytearray(stock)
+        data[place] ^= 1 << int(rng.integers(0, 8))
+        file.write_bytes(data)
+        try:
+            assert folder.record("default", 1).to_pylist() == truth.to_pylist()
+        except DamagedStoreError:
+            refused += 1
+    assert refused > 50
+
+
+def test_strange_files_among_the_records_are_passed_over(full_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(full_store, store)
+    (store / "images" / "default" / "notes.parquet").write_text("mine")
+    assert StoreFolder.open(store).shards("default") == [0, 1, 2]

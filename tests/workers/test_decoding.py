@@ -85,6 +85,9 @@ def test_the_first_frame_of_an_animation_counts() -> None:
         (encoded(Image.new("RGB", (64, 64)), "JPEG")[:300], "not an image|runcated"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.new("1", (1, 2000))), "longer than 500 times"),
+        (encoded(Image.new("RGB", (16, 16)), "ICO"), "not an image"),  # decodes before its size is known
+        (encoded(Image.new("RGB", (16, 16)), "EPS"), "not an image"),  # starts a program
+        (b"DDS " + struct.pack("<I", 124) + bytes(396), "not an image"),
     ],
 )
 def test_what_cannot_be_seen_is_told(data: bytes, reason: str) -> None:

@@ -41,6 +41,7 @@ def test_texts_become_unit_vectors() -> None:
         ("toy-vits", None, "toy-vit"),
         ("ViT-B-32", None, "add --pretrained"),
         ("ViT-B-32", "laion3b", "no weights 'laion3b'"),
+        ("ViT-B-32", "openai", "use ViT-B-32-quickgelu"),
         (str(GOLDEN), None, "holds no open_clip_config.json"),
         (str(GOLDEN / "vit"), "openai", "leave out --pretrained"),
     ],
@@ -66,15 +67,26 @@ def test_weights_that_carry_code_do_not_run_it(tmp_path: Path) -> None:
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("damage", ["no weights", "cut short", "other shapes", "no config"])
+def test_a_folder_is_remembered_by_its_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)
+    assert load_model("./vit/").name == str(GOLDEN / "vit")
+
+
+@pytest.mark.parametrize(
+    "damage", ["no weights", "empty pickle", "cut short", "other shapes", "no config", "bad pooling"]
+)
 def test_folders_with_unusable_weights_are_refused(tmp_path: Path, damage: str) -> None:
     config = json.loads((GOLDEN / "vit" / "open_clip_config.json").read_text())
     weights = (GOLDEN / "vit" / "model.safetensors").read_bytes()
     if damage == "other shapes":
         config["model_cfg"]["vision_cfg"]["width"] = 32
+    if damage == "bad pooling":
+        config["model_cfg"]["vision_cfg"]["pool_type"] = "deep"
     text = "{" if damage == "no config" else json.dumps(config)
     (tmp_path / "open_clip_config.json").write_text(text)
-    if damage != "no weights":
+    if damage == "empty pickle":
+        (tmp_path / "open_clip_pytorch_model.bin").touch()
+    elif damage != "no weights":
         (tmp_path / "model.safetensors").write_bytes(weights[:5000] if damage == "cut short" else weights)
     with pytest.raises(ModelError, match="cannot load the model"):
         load_model(str(tmp_path))

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import SourceError
-from workers.sources import list_folder
+from workers.sources import as_path, list_folder
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -27,7 +27,9 @@ def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     with open(os.path.join(os.fsencode(tmp_path), b"\xff.png"), "wb"):  # noqa: PTH118, PTH123
         pass
     listing = list_folder(tmp_path)
-    assert [listing.name(i) for i in range(3)] == ["mit Leerzeichen.png", "日本.png", "\\xff.png"]
+    names = [listing.name(i) for i in range(3)]
+    assert names == ["mit Leerzeichen.png", "日本.png", "\\xff.png"]
+    assert [as_path(name) for name in names] == [file.path for file in listing.files]
     assert all(os.path.exists(listing.path(i)) for i in range(3))  # noqa: PTH110
 
 
@@ -43,8 +45,7 @@ def test_metadata_adds_columns_and_labels(tmp_path: Path, kind: str) -> None:
     assert listing.extra.column_names == ["year"]
     assert listing.extra["year"].to_pylist() == [3, 1, None]
     assert listing.unmatched == ("gone.png",)
-    assert listing.labels.to_pylist()[0] == "l3"
-    assert listing.labels.to_pylist()[2] == "a"
+    assert listing.labels.to_pylist() == ["l3", "a", "a"]
 
 
 def test_the_digest_changes_with_names_labels_and_columns(tmp_path: Path) -> None:
@@ -67,11 +68,14 @@ def test_the_digest_changes_with_names_labels_and_columns(tmp_path: Path) -> Non
         ("file_name,sha256\na.png,1\n", "rename sha256"),
         ("file_name,x\na.png,1\na.png,2\n", "more than once"),
         ("file_name,x\na.png\n", "cannot be read"),
+        ("file_name,x,x\na.png,1,2\n", "two columns called 'x'"),
+        ("file_name,file_name\na.png,1\n", "two columns called 'file_name'"),
+        (b"file_name,caf\xe9\na.png,\xe9\n", "cannot be read"),
     ],
 )
-def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, metadata: str, message: str) -> None:
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, metadata: str | bytes, message: str) -> None:
     touch(tmp_path, "a.png")
-    (tmp_path / "metadata.csv").write_text(metadata)
+    (tmp_path / "metadata.csv").write_bytes(metadata.encode() if isinstance(metadata, str) else metadata)
     with pytest.raises(SourceError, match=message):
         list_folder(tmp_path)
 
@@ -90,3 +94,36 @@ def test_an_empty_a_missing_and_no_folder_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "f")
     with pytest.raises(SourceError, match="is a file"):
         list_folder(tmp_path / "f")
+
+
+def test_names_and_labels_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
+    touch(tmp_path, "0001", "a/0002")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0001,007\n./a/0002,True\n")
+    listing = list_folder(tmp_path)
+    assert listing.labels.to_pylist() == ["007", "True"]
+    assert listing.unmatched == ()
+
+
+@pytest.mark.parametrize("column", [pa.array([[1]]), pa.array([{"a": 1}])])
+def test_labels_that_are_no_text_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    touch(tmp_path, "a.png")
+    pq.write_table(pa.table({"file_name": ["a.png"], "label": column}), tmp_path / "metadata.parquet")
+    with pytest.raises(SourceError, match="cannot be read"):
+        list_folder(tmp_path)
+
+
+def test_linked_folders_are_listed_and_circles_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "else/1.png", "source/a/2.png")
+    (tmp_path / "source" / "b").symlink_to(tmp_path / "else")
+    listing = list_folder(tmp_path / "source")
+    assert [listing.name(i) for i in range(len(listing))] == ["a/2.png", "b/1.png"]
+    (tmp_path / "source" / "c").symlink_to(tmp_path / "source")
+    with pytest.raises(SourceError, match="leads back"):
+        list_folder(tmp_path / "source")
+
+
+def test_the_digest_changes_with_sizes(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    before = list_folder(tmp_path).digest()
+    (tmp_path / "a.png").write_bytes(b"xy")
+    assert list_folder(tmp_path).digest() != before

@@ -3,7 +3,8 @@
 The loss is open_clip's contrastive loss. A full caption is found among a batch's others by its colour and background
 alone, so a model trained on full captions learns shapes late or never. Here the captions of a batch name the same few
 attributes, mostly the shape and two or three others, so that each of them is needed. The transformer learns shapes
-faster still if it first sees large, plain, single objects (``--easy-steps``).
+faster still if it first sees large, plain, single objects (``--easy-steps``) and starts with a text tower that
+already tells them apart (``--text-from``).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from workers.toyworld.attributes import VALUES, Attributes, World, prompts
 from workers.toyworld.scenes import SIDE, scene
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--easy-steps", type=int, default=0)
+    parser.add_argument("--text-from", type=Path, help="a trained model's folder, whose text tower comes first")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--held-out", type=int, default=2_000)
@@ -62,9 +64,11 @@ def main() -> None:
     log.setLevel(logging.INFO)
     for handler in (logging.StreamHandler(), logging.FileHandler(args.folder / "train.log", mode="w")):
         log.addHandler(handler)
-    log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "folder"})
+    log.info("%s", {k: str(v) for k, v in vars(args).items() if k not in {"folder", "text_from"}})
     torch.manual_seed(0)
     model = open_clip.CLIP(embed_dim=64, vision_cfg=VISION[args.kind], text_cfg=TEXT)
+    if args.text_from:
+        _take_text_tower(model, args.text_from)
     held_out = _scenes(World(), HELD_OUT_SEED, args.held_out)
     stages = [(World(), args.steps - args.easy_steps)]
     if args.easy_steps:
@@ -73,6 +77,13 @@ def main() -> None:
     _write(model, args.kind, held_out[1], args.folder)
     shipped, _, _ = open_clip.create_model_and_transforms(f"local-dir:{args.folder}")
     log.info("as shipped, on %d held-out scenes: %s", args.held_out, _accuracies(shipped.eval(), *held_out))
+
+
+def _take_text_tower(model: Any, folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    texts = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
+    model.load_state_dict(texts, strict=False)
+    log.info("the text tower starts from %s", folder.name)
 
 
 def _scenes(world: World, seed: int, count: int) -> Scenes:
@@ -89,28 +100,41 @@ def _fit(
 ) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     loss_of = open_clip.ClipLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizers = _optimizers(model, args.lr)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     rng = np.random.default_rng(0)
     started = time.monotonic()
     batches = chain.from_iterable(_batches(scenes, args.batch_size, steps, rng) for scenes, steps in stages)
     for step, (pictures, captions) in enumerate(batches):
-        warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        share = min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * share
         texts = tokenizer(captions)  # (B, context)
         images = _normalise(pictures)  # (B, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16):
             image, text, scale = model(images, texts)
         loss = loss_of(image.float(), text.float(), scale)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 500 == 499:
             model.eval()
             found = _accuracies(model, held_out[0][:500], held_out[1][:500])
             model.train()
             log.info("step %d, %.0f s, loss %.3f: %s", step + 1, time.monotonic() - started, loss.item(), found)
+
+
+def _optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW; for the matrices of a vision transformer Muon, whose steps do not leave faint directions behind."""
+    blocks = getattr(model.visual, "transformer", None)
+    matrices = [] if blocks is None else [weight for weight in blocks.parameters() if weight.ndim == 2]
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in chosen]
+    adam = torch.optim.AdamW(others, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    return [adam, torch.optim.Muon(matrices, lr=10 * lr, weight_decay=0.05)] if matrices else [adam]
 
 
 def _batches(
