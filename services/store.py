@@ -3,10 +3,8 @@
 Letters: N images, L layers, H heads, T tokens, R coefficients of a head, D joint space.
 """
 
-import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -16,16 +14,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
-from schemas.errors import ComponentError, DamagedStoreError, SelectionError
+from schemas.errors import ComponentError, SelectionError
 from schemas.manifest import Manifest
-from schemas.store import Digest, StoreFolder
+from schemas.store import StoreFolder
 from schemas.tables import IMAGE_COLUMNS
 from services.contributions import Basis, Contributions, Floats, View, shared_out
+from services.reading import ArrayReader, Index, Indices, Rows, positions, squeeze
 
 _SHARD: Final = ""  # a column of our own beside those of sources, whose columns have names
-
-Index = int | slice | Sequence[int] | None
-Indices = NDArray[np.intp]
 
 
 def open_store(path: str | os.PathLike[str]) -> "Store":
@@ -38,16 +34,6 @@ def open_store(path: str | os.PathLike[str]) -> "Store":
     return Store(StoreFolder.open(Path(path)))
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The wanted images of one shard."""
-
-    batch: str
-    shard: int
-    rows: Indices  # of the batch's arrays, ascending
-    places: Indices  # of the result
-
-
 class Store:
     """Contributions and facts of the images in a store.
 
@@ -58,7 +44,7 @@ class Store:
 
     def __init__(self, folder: StoreFolder) -> None:
         self.folder = folder
-        self._known_digests: dict[tuple[str, int], dict[str, Digest]] = {}
+        self._reader = ArrayReader(folder)
 
     def __repr__(self) -> str:
         return f"<Store {str(self.folder.path)!r}: {self._table.num_rows} images>"
@@ -112,13 +98,13 @@ class Store:
         if _is_reference(view):
             share = self._basis.layer_share(self._constants(chosen), layers)[:, :, None]
             plain = shared_out(plain, share, self.manifest.model.heads, self._norms(chosen))
-        return _squeeze(plain, layer, head)
+        return squeeze(plain, layer, head)
 
     def mlps(self, *, layer: Index = None, images: Iterable[str] | None = None, view: View = "plain") -> Contributions:
         """Contributions of MLPs. (N, L, D); raises as `heads` does."""
         chosen = self._chosen(images)
         plain = self._read("mlps", chosen, (self._layers(layer),))
-        return _squeeze(self._with_norm_share(plain, chosen, view), layer)
+        return squeeze(self._with_norm_share(plain, chosen, view), layer)
 
     def embedding(self, *, images: Iterable[str] | None = None, view: View = "plain") -> Contributions:
         """What enters the first block. (N, D); raises as `heads` does."""
@@ -138,7 +124,7 @@ class Store:
         if _is_reference(view):
             share = self._basis.layer_share(self._constants(chosen), layers)
             plain = shared_out(plain, share, self.manifest.model.tokens, self._norms(chosen))
-        return _squeeze(plain, layer)
+        return squeeze(plain, layer)
 
     def tokens(
         self, *, layer: Index = None, head: Index = None, images: Iterable[str] | None = None, view: View = "plain"
@@ -150,7 +136,7 @@ class Store:
         if _is_reference(view):
             share = self._basis.layer_share(self._constants(chosen), layers)[:, :, None, None]
             plain = shared_out(plain, share, model.heads * model.tokens, self._norms(chosen))
-        return _squeeze(plain, layer, head)
+        return squeeze(plain, layer, head)
 
     def contribution(
         self, component: Component | str, *, images: Iterable[str] | None = None, view: View = "plain"
@@ -221,10 +207,10 @@ class Store:
         return repr(self._table["image_id"][0].as_py()) if self._table.num_rows else "BATCH/NAME"
 
     def _layers(self, index: Index) -> Indices:
-        return _positions(index, self.manifest.model.layers, "layer")
+        return positions(index, self.manifest.model.layers, "layer")
 
     def _heads(self, index: Index) -> Indices:
-        return _positions(index, self.manifest.model.heads, "head")
+        return positions(index, self.manifest.model.heads, "head")
 
     def _constants(self, chosen: Indices | None) -> Floats:
         return self._read("constants", chosen, ())
@@ -238,12 +224,6 @@ class Store:
         share = self._basis.norm_share(self._constants(chosen))
         return shared_out(plain, share[:, None] if plain.ndim == 3 else share, 1, self._norms(chosen))
 
-    def _spec_shape(self, array: str) -> tuple[int, ...]:
-        if array not in self.folder.specs:
-            captured = ", ".join(self.manifest.recipe.capture)
-            raise ComponentError(f"{self.folder.path} captured {captured}, not {array}: ingest with --capture {array}")
-        return self.folder.specs[array].shape
-
     def _read(
         self,
         array: str,
@@ -253,104 +233,13 @@ class Store:
         as_stored: bool = False,
     ) -> NDArray[Any]:
         """Rows of an array, its next dimensions narrowed by ``selection``, in float32 unless as stored."""
-        shape = self._spec_shape(array)
-        kept = (*(len(indices) for indices in selection), *shape[len(selection) :])
-        dtype = self.folder.specs[array].dtype if as_stored else "float32"
-        blocks = list(self._blocks(chosen))
-        found = np.empty((sum(len(block.rows) for block in blocks), *kept), dtype)
-        for block in blocks:
-            found[block.places] = self._read_block(array, block, selection)
-        return found
-
-    def _blocks(self, chosen: Indices | None) -> Iterator[_Block]:
-        """The chosen images by shard, so that each shard is read once and a damaged one can be named."""
+        if array not in self.folder.specs:
+            captured = ", ".join(self.manifest.recipe.capture)
+            raise ComponentError(f"{self.folder.path} captured {captured}, not {array}: ingest with --capture {array}")
         table = self._table if chosen is None else self._table.take(pa.array(chosen))
-        batches = table["batch"].to_numpy(zero_copy_only=False)
-        shards, rows = table[_SHARD].to_numpy(), table["row"].to_numpy()
-        for batch in sorted(set(batches)):
-            for shard in np.unique(shards[batches == batch]):
-                places = np.flatnonzero((batches == batch) & (shards == shard))
-                order = np.argsort(rows[places], kind="stable")
-                yield _Block(batch, int(shard), rows[places][order], places[order])
-
-    def _read_block(self, array: str, block: _Block, selection: tuple[Indices, ...]) -> Floats:
-        spec = self.folder.specs[array]
-        file = self.folder.shard_path(block.batch, spec, block.shard)
-        try:
-            self._check_size(array, block, file)
-            source = self.folder.array(block.batch, array)
-            narrow = tuple(_narrowest(indices) for indices in selection)
-            runs = np.split(block.rows, np.flatnonzero(np.diff(block.rows) > _chunk_rows(source)) + 1)
-            return np.concatenate([_read_run(source, run, narrow) for run in runs])
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, DamagedStoreError):
-                raise
-            raise DamagedStoreError(f"{file} is damaged ({error}): run 'spectrograph verify'") from error
-
-    def _check_size(self, array: str, block: _Block, file: Path) -> None:
-        """Zarr reads what is missing as the fill value and what is empty as zeros: neither must pass for numbers."""
-        recorded = self._digests(block.batch, block.shard)[array].bytes
-        found = file.stat().st_size if file.is_file() else None
-        if found != recorded:
-            what = "missing" if found is None else f"damaged ({found} bytes of {recorded})"
-            raise DamagedStoreError(f"{file} is {what}: run 'spectrograph verify'")
-
-    def _digests(self, batch: str, shard: int) -> dict[str, Digest]:
-        known = self._known_digests.get((batch, shard))
-        if known is None:
-            known = self._known_digests[batch, shard] = self.folder.digests(batch, shard)
-        return known
-
-
-def _chunk_rows(array: Any) -> int:
-    return int(array.chunks[0])
-
-
-def _read_run(array: Any, rows: Indices, narrow: tuple[slice | Indices, ...]) -> Floats:
-    """Rows of one array that lie so close together that the chunks between them are few."""
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    block: Floats = array.oindex[(slice(first, last), *narrow)] if narrow else array[first:last]
-    return block if np.array_equal(rows, np.arange(first, last)) else block[rows - first]
-
-
-def _narrowest(indices: Indices) -> slice | Indices:
-    """A slice where one will do: it spares the store an index for every element."""
-    if not len(indices):
-        return slice(0, 0)
-    first, last = int(indices[0]), int(indices[-1]) + 1
-    return slice(first, last) if np.array_equal(indices, np.arange(first, last)) else indices
-
-
-def _positions(index: Index, size: int, what: str) -> Indices:
-    """What an index selects among ``size``; negative numbers count from the end."""
-    every = np.arange(size)
-    if index is None:
-        return every
-    if isinstance(index, slice):
-        return every[index]
-    numbers = np.atleast_1d(np.asarray(index))
-    if numbers.dtype.kind != "i" or numbers.ndim != 1:
-        raise SelectionError(f"{index!r} selects no {what}: give a number, a slice or a sequence of numbers")
-    wrong = [int(number) for number in numbers if not -size <= number < size]
-    if wrong:
-        raise SelectionError(f"there is no {what} {wrong[0]}: this model has {what}s 0 to {size - 1}")
-    return np.asarray(every[numbers])
-
-
-def _squeeze(values: Contributions, *indices: Index) -> Contributions:
-    """Drops the dimensions, from the second on, that were selected by one number."""
-    drop = tuple(axis for axis, index in enumerate(indices, start=1) if _is_number(index))
-    return values.squeeze(drop)
-
-
-def _is_number(index: Index) -> bool:
-    if index is None or isinstance(index, slice | Sequence):
-        return False
-    try:
-        operator.index(index)
-    except TypeError:
-        return False
-    return True
+        rows = Rows(table["batch"].to_numpy(zero_copy_only=False), table[_SHARD].to_numpy(), table["row"].to_numpy())
+        dtype = self.folder.specs[array].dtype if as_stored else "float32"
+        return self._reader.read(array, rows, selection, dtype)
 
 
 def _is_reference(view: View) -> bool:

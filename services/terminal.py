@@ -59,8 +59,8 @@ def _show_plan(console: Console, plan: "Plan") -> None:
         f"the model runs in {request.recipe.precision} on {plan.loaded.device}",
         "store": f"{request.store}, batch {request.batch}: {batch.shards} shards of up to {batch.shard_images} images, "
         f"{done} recorded",
-        "size": f"{plan.image_bytes} bytes per image, at most {human(plan.image_bytes * plan.pending_images)} to "
-        f"write; {human(shutil.disk_usage(above).free)} free",
+        "size": f"{plan.image_bytes} bytes per image, {human(plan.image_bytes * batch.images)} in all, before "
+        f"compression; {human(shutil.disk_usage(above).free)} free",
     }
     for name, text in lines.items():
         console.print(f"{name:8} {text}")

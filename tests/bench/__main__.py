@@ -1,4 +1,4 @@
-"""Measures what the project promises: ``make bench`` prints the tables, and ``--write`` keeps them in RESULTS.md.
+"""Measures what the project promises: ``make bench`` prints the table and keeps it in RESULTS.md (``--write``).
 
 Times are compared within one run, the two sides in turn, by the median of the ratios of pairs: machines drift.
 """

@@ -46,7 +46,7 @@ def test_ingest_plans_reconciles_and_does_nothing_twice(run: Run, scenes: Path, 
     assert (code, err) == (0, "")
     assert f"source   {scenes}: 40 images\n" in out
     assert "batch default: 3 shards of up to 16 images, 0 recorded\n" in out
-    assert "size     972 bytes per image, at most 38.9 kB to write" in out
+    assert "size     972 bytes per image, 38.9 kB in all, before compression" in out
     assert "seen 40 = stored 40 + failed 0\n" in out
     code, out, _ = run("ingest", scenes, store, *VIT)
     assert code == 0
