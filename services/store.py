@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.components import Component, Constant, Embedding, Head, Mlp, parse
@@ -20,8 +21,6 @@ from schemas.store import StoreFolder
 from schemas.tables import IMAGE_COLUMNS
 from services.contributions import Basis, Contributions, Floats, View, shared_out
 from services.reading import ArrayReader, Index, Indices, Rows, positions, squeeze
-
-_SHARD: Final = ""  # a column of our own beside those of sources, whose columns have names
 
 
 def open_store(path: str | os.PathLike[str]) -> "Store":
@@ -47,7 +46,7 @@ class Store:
         self._reader = ArrayReader(folder)
 
     def __repr__(self) -> str:
-        return f"<Store {str(self.folder.path)!r}: {self._table.num_rows} images>"
+        return f"<Store {str(self.folder.path)!r}: {self._stored[0].num_rows} images>"
 
     @property
     def manifest(self) -> Manifest:
@@ -60,12 +59,12 @@ class Store:
 
     def images(self) -> pa.Table:
         """One row per stored image: ids, where it came from, labels and the source's own columns."""
-        return self._table.drop_columns([_SHARD, "error"])
+        return self._stored[0].drop_columns(["error"])
 
     def failures(self) -> pa.Table:
         """One row per image that could not be stored, with the reason in ``error``."""
-        table = self._everything
-        return table.filter(pa.compute.is_valid(table["error"])).drop_columns([_SHARD])
+        table, _ = self._seen
+        return table.filter(pc.is_valid(table["error"]))
 
     def components(self) -> list[Component]:
         """Every component whose contribution is stored, in the order in which the model applies them."""
@@ -169,21 +168,21 @@ class Store:
     # What follows reads.
 
     @cached_property
-    def _everything(self) -> pa.Table:
-        """One row per seen image, of every recorded shard."""
-        tables = []
-        for batch in self.batches():
-            for shard in self.folder.shards(batch):
-                table = self.folder.record(batch, shard)
-                tables.append(table.append_column(_SHARD, pa.array([shard] * table.num_rows, pa.int64())))
+    def _seen(self) -> tuple[pa.Table, NDArray[np.int64]]:
+        """One row per seen image, of every recorded shard, and which shard that is."""
+        shards = [(batch, shard) for batch in self.batches() for shard in self.folder.shards(batch)]
+        tables = [self.folder.record(batch, shard) for batch, shard in shards]
         if not tables:
-            return pa.schema([*IMAGE_COLUMNS, pa.field(_SHARD, pa.int64())]).empty_table()
-        return pa.concat_tables(tables, promote_options="permissive")
+            return IMAGE_COLUMNS.empty_table(), np.empty(0, np.int64)
+        numbers = np.repeat([shard for _, shard in shards], [table.num_rows for table in tables])
+        return pa.concat_tables(tables, promote_options="permissive"), numbers
 
     @cached_property
-    def _table(self) -> pa.Table:
-        """One row per stored image."""
-        return self._everything.filter(pa.compute.is_null(self._everything["error"]))
+    def _stored(self) -> tuple[pa.Table, NDArray[np.int64]]:
+        """One row per stored image, and its shard."""
+        table, shards = self._seen
+        kept = pc.is_null(table["error"])
+        return table.filter(kept), shards[kept.to_numpy()]
 
     @cached_property
     def _basis(self) -> Basis:
@@ -191,7 +190,7 @@ class Store:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self._table["image_id"].to_pylist())}
+        return {name: place for place, name in enumerate(self._stored[0]["image_id"].to_pylist())}
 
     def _chosen(self, images: Iterable[str] | None) -> Indices | None:
         """Places of images in the table of stored images."""
@@ -204,7 +203,8 @@ class Store:
         return np.array([self._places[name] for name in names], np.intp)
 
     def _example(self) -> str:
-        return repr(self._table["image_id"][0].as_py()) if self._table.num_rows else "BATCH/NAME"
+        table, _ = self._stored
+        return repr(table["image_id"][0].as_py()) if table.num_rows else "BATCH/NAME"
 
     def _layers(self, index: Index) -> Indices:
         return positions(index, self.manifest.model.layers, "layer")
@@ -236,8 +236,10 @@ class Store:
         if array not in self.folder.specs:
             captured = ", ".join(self.manifest.recipe.capture)
             raise ComponentError(f"{self.folder.path} captured {captured}, not {array}: ingest with --capture {array}")
-        table = self._table if chosen is None else self._table.take(pa.array(chosen))
-        rows = Rows(table["batch"].to_numpy(zero_copy_only=False), table[_SHARD].to_numpy(), table["row"].to_numpy())
+        table, shards = self._stored
+        if chosen is not None:
+            table, shards = table.take(pa.array(chosen)), shards[chosen]
+        rows = Rows(table["batch"].to_numpy(zero_copy_only=False), shards, table["row"].to_numpy())
         dtype = self.folder.specs[array].dtype if as_stored else "float32"
         return self._reader.read(array, rows, selection, dtype)
 

@@ -322,7 +322,7 @@ def test_columns_that_clash_between_batches_are_refused_before_anything_is_writt
     name = next(scenes.rglob("*.png")).relative_to(scenes)
     for source, year in (("one", "1999"), ("two", "long ago")):
         shutil.copytree(scenes, tmp_path / source)
-        (tmp_path / source / "metadata.csv").write_text(f"file_name,year,shard\n{name},{year},3\n")
+        (tmp_path / source / "metadata.csv").write_text(f",file_name,year,shard\n0,{name},{year},3\n")
     ingest(source=tmp_path / "one")
     with pytest.raises(SourceError, match="does not go with that of batch 'default'"):
         ingest(source=tmp_path / "two", batch="two")
