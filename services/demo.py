@@ -119,9 +119,7 @@ def _findings(
     losses: dict[Component, dict[str, float]],
     retrievals: dict[str, Retrieval],
 ) -> Table:
-    table = Table(
-        "attribute", "zero-shot (chance)", "the component that matters most", "the head that sorts by it", box=None
-    )
+    table = Table("attribute", "zero-shot (chance)", "lost without", f"alike: {NEIGHBOURS} nearest by", box=None)
     for task in tasks:
         worst = max(losses, key=lambda component: losses[component][task.name])
         loss = losses[worst][task.name]
@@ -129,7 +127,7 @@ def _findings(
         table.add_row(
             task.name,
             f"{task.accuracy(whole):.1%} ({task.chance:.1%})",
-            f"{worst}: {loss:.1%} lost without it",
-            f"{found.head}: {found.precision:.0%} of the {NEIGHBOURS} nearest images share it",
+            f"{worst}: {loss:.1%}",
+            f"{found.head}: {found.precision:.0%} share it",
         )
     return table

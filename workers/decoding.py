@@ -129,7 +129,8 @@ def _check_size(image: Image.Image) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The first frame, rotated as its EXIF says, as RGB; transparency is dropped, as CLIP's own pipeline does."""
-    upright = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = image
     if upright.mode == "F":
         raise UnusableImageError("floating-point pixels, whose black and white are not known")
     if upright.mode.startswith("I"):
@@ -140,7 +141,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
@@ -156,4 +157,4 @@ def _reason(error: Exception) -> str:
 def as_shown(path: Path) -> Image.Image:
     """The image at ``path`` as it is given to the model's preprocessing."""
     with Image.open(path) as image:
-        return _upright(image)
+        return _upright(image).copy()

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -152,7 +152,7 @@ class _Shard:
         """The shard's image table."""
         listing, batch = plan.listing, plan.request.batch
         names = [listing.name(row) for row in self.rows]
-        facts = {name: [asdict(fact)[name] for fact in self.facts] for name in asdict(FileFacts())}
+        facts = {field.name: [getattr(fact, field.name) for fact in self.facts] for field in fields(FileFacts)}
         columns = {
             "image_id": [f"{batch}/{name}" for name in names],
             "batch": [batch] * len(names),
