@@ -47,7 +47,7 @@ def write_page(
 <h1>What the parts of {html.escape(model.name)} see</h1>
 <p>{len(whole)} scenes went through the model once. What each of its {model.layers * model.heads} heads and
 {model.layers} MLPs added to each image's representation lies in <code>{html.escape(store.folder.path.name)}/</code>;
-everything below was computed from there, without the model.</p>
+everything below was computed from there, without the image encoder.</p>
 <h2>Which text fits?</h2>
 <table><tr><th>attribute</th><th>right</th><th>chance</th></tr>{rows}</table>
 <h2>What is lost without a component</h2>
@@ -60,12 +60,12 @@ everything below was computed from there, without the model.</p>
 
 
 def _losses(tasks: list[Task], losses: dict[Component, dict[str, float]]) -> str:
-    largest = max(max(loss.values()) for loss in losses.values()) or 1.0
+    largest = {task.name: max(*(loss[task.name] for loss in losses.values()), 1e-9) for task in tasks}
     head = "".join(f"<th>{task.name}</th>" for task in tasks)
     rows = []
     for component, loss in losses.items():
         cells = "".join(
-            f'<td style="background: rgb(204 51 51 / {max(loss[task.name], 0) / largest * 0.8:.2f})">'
+            f'<td style="background: rgb(204 51 51 / {max(loss[task.name], 0) / largest[task.name] * 0.8:.2f})">'
             f"{100 * loss[task.name]:.1f}</td>"
             for task in tasks
         )
