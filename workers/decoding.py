@@ -130,18 +130,17 @@ def _check_size(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """The first frame, rotated as its EXIF says, as RGB; transparency is dropped, as CLIP's own pipeline does."""
     ImageOps.exif_transpose(image, in_place=True)
-    upright = image
-    if upright.mode == "F":
+    if image.mode == "F":
         raise UnusableImageError("floating-point pixels, whose black and white are not known")
-    if upright.mode.startswith("I"):
+    if image.mode.startswith("I"):
         # Pillow would clip 16-bit values at 255, which turns most pictures white.
-        deep = np.asarray(upright).astype(np.int64)
+        deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 0xFFFF:
             raise UnusableImageError("32-bit pixels, whose black and white are not known")
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    if upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # at once, Pillow would warn
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -11,9 +11,13 @@ class Row:
     holds: bool
 
 
+def verdict(row: Row) -> str:
+    if row.promised == "-":
+        return ""
+    return "holds" if row.holds else "falls short"
+
+
 def render(rows: list[Row]) -> str:
     lines = ["| what | promised | measured | |", "|---|---|---|---|"]
-    lines += [
-        f"| {row.what} | {row.promised} | {row.measured} | {'holds' if row.holds else 'falls short'} |" for row in rows
-    ]
+    lines += [f"| {row.what} | {row.promised} | {row.measured} | {verdict(row)} |" for row in rows]
     return "\n".join(lines)
