@@ -1,29 +1,43 @@
 """What a store and its batches say about themselves, kept in the attributes of their Zarr groups."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
 from schemas.recipe import Recipe
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 KEY: Final = "spectrograph"
 
 
-@dataclass(frozen=True)
-class Model:
-    """The image encoder behind a store, and the sizes that follow from it."""
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What of an image encoder decides the shapes of a store."""
+
+    family: str  # "vit" or "resnet"
+    layers: int  # of attention; a ResNet's pool is its only one
+    heads: int
+    coefficients: int  # numbers per head
+    tokens: int
+    neurons: int  # of each MLP; of a ResNet, the channels that its pool reads
+    width: int  # of the residual stream; of a ResNet, its channels
+    dim: int  # of the joint image-text space
+    terms: int  # constants per image
+
+    @property
+    def neuron_layers(self) -> dict[str, int]:
+        """How many layers, from 0 on, have neurons of each layered capture: the last one is followed by no other."""
+        transformer = self.layers if self.family == "vit" else 0
+        return {"neurons": max(0, transformer - 1), "direct": transformer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Sizes):
+    """The image encoder behind a store."""
 
     name: str
     pretrained: str | None
     fingerprint: str  # SHA-256 of all weights
-    family: str  # "vit"
-    layers: int
-    heads: int
-    coefficients: int  # numbers per head
-    tokens: int
-    dim: int  # of the joint image-text space
-    terms: int  # constants per image
     config: Mapping[str, Any]  # open_clip's
     preprocessing: Mapping[str, Any]  # how a file becomes the model's input
 
@@ -34,7 +48,7 @@ class Model:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**_typed(cls, values))
+        return cls(**typed(cls, values))
 
 
 @dataclass(frozen=True)
@@ -61,22 +75,30 @@ class Manifest:
     @classmethod
     def from_json(cls, attributes: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
-        values = _typed(cls, attributes.get(KEY))
+        values = typed(cls, attributes.get(KEY))
         values["model"] = Model.from_json(values["model"])
         values["recipe"] = Recipe.from_json(values["recipe"])
         return cls(**values)
 
-    def differences(self, model: Model, recipe: Recipe) -> list[str]:
-        """What would make another model or recipe write other numbers into this store, in words."""
+    def model_differences(self, model: Model) -> list[str]:
+        """What would make another model write other numbers into this store, in words."""
         pairs = [
             ("model weights", self.model.fingerprint[:12], model.fingerprint[:12]),
             ("model config", _plain(self.model.config), _plain(model.config)),
             ("preprocessing", _plain(self.model.preprocessing), _plain(model.preprocessing)),
+        ]
+        return _differences(pairs)
+
+    def recipe_differences(self, recipe: Recipe) -> list[str]:
+        """What would make another recipe write other numbers into this store, in words."""
+        pairs = [
             ("capture", ",".join(self.recipe.capture), ",".join(recipe.capture)),
             ("dtype", self.recipe.dtype, recipe.dtype),
             ("precision", self.recipe.precision, recipe.precision),
+            ("neurons as", self.recipe.level, recipe.level),
+            ("fit", self.recipe.fit, recipe.fit),
         ]
-        return [f"{what} {here} in the store, {there} asked for" for what, here, there in pairs if here != there]
+        return _differences(pairs)
 
 
 @dataclass(frozen=True)
@@ -106,13 +128,15 @@ class Batch:
     @classmethod
     def from_json(cls, attributes: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
-        return cls(**_typed(cls, attributes.get(KEY)))
+        return cls(**typed(cls, attributes.get(KEY)))
 
 
-def _typed(cls: type, values: Any) -> dict[str, Any]:
-    """The values of a dataclass's fields, as far as JSON can show that they are right."""
+def typed(cls: type, values: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The values of a dataclass's fields, as far as JSON can show that they are right: else a ``ValueError``."""
     found = {}
     for field in fields(cls):
+        if field.name in without:
+            continue
         value = values.get(field.name) if isinstance(values, Mapping) else None
         if field.type is int:
             right = isinstance(value, int) and value >= 1
@@ -124,6 +148,10 @@ def _typed(cls: type, values: Any) -> dict[str, Any]:
             raise ValueError(f"{field.name!r} is {value!r}")
         found[field.name] = value
     return found
+
+
+def _differences(pairs: list[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{what} {here} in the store, {there} asked for" for what, here, there in pairs if here != there]
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Opening a store's folder: what it says of itself, which shards exist, and its arrays."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -14,9 +14,22 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from schemas.errors import DamagedStoreError, NotAStoreError, SelectionError
-from schemas.layout import BASIS, BATCHES, ArraySpec, array_specs, record_path, shard_key
+from schemas.fits import Fit
+from schemas.layout import (
+    BASIS,
+    BATCHES,
+    FITS,
+    SIGNIFICANT,
+    ArraySpec,
+    StaticSpec,
+    array_specs,
+    basis_specs,
+    record_path,
+    shard_key,
+    significant_path,
+)
 from schemas.manifest import FORMAT, KEY, Batch, Manifest
-from schemas.tables import IMAGE_COLUMNS
+from schemas.tables import IMAGE_COLUMNS, SIGNIFICANT_COLUMNS
 
 RECORD_KEY: Final = b"spectrograph"
 
@@ -93,10 +106,7 @@ class StoreFolder:
             DamagedStoreError: the record cannot be read.
         """
         file = self.path / record_path(batch, shard)
-        try:
-            table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise DamagedStoreError(f"{file} cannot be read: {error}") from error
+        table = _parquet(file)
         if table.column_names[: len(IMAGE_COLUMNS)] != IMAGE_COLUMNS.names or any(
             table.schema.field(field.name).type != field.type for field in IMAGE_COLUMNS
         ):
@@ -120,6 +130,28 @@ class StoreFolder:
         """The object that holds one shard of an array."""
         return self.path / BATCHES / batch / spec.name / shard_key(spec, shard)
 
+    def shard_paths(self, batch: str, shard: int) -> dict[str, Path]:
+        """Every object of one shard but its record, by array or table."""
+        paths = {name: self.shard_path(batch, spec, shard) for name, spec in self.specs.items()}
+        if self.manifest.recipe.level == "significant":
+            paths[SIGNIFICANT] = self.path / significant_path(batch, shard)
+        return paths
+
+    def significant(self, batch: str, shard: int, layer: int, neurons: Sequence[int]) -> pa.Table:
+        """The significant scores of some neurons in one shard.
+
+        Raises:
+            DamagedStoreError: they cannot be read, or are not those that were recorded.
+        """
+        file = self.path / significant_path(batch, shard)
+        known = self.digests(batch, shard).get(SIGNIFICANT)
+        if known is None or not file.is_file() or file.stat().st_size != known.bytes:
+            raise DamagedStoreError(f"{file} is not what was recorded: run 'spectrograph verify'")
+        table = _parquet(file, [("layer", "==", layer), ("neuron", "in", list(neurons))])
+        if table.schema.names != SIGNIFICANT_COLUMNS.names:
+            raise DamagedStoreError(f"{file} has other columns than a table of scores")
+        return table
+
     def array(self, batch: str, name: str) -> zarr.Array[Any]:
         """One array of a batch, to read."""
         return self._array(f"{BATCHES}/{batch}/{name}")
@@ -130,23 +162,27 @@ class StoreFolder:
         Raises:
             DamagedStoreError: some of it is missing or changed.
         """
-        model = self.manifest.model
-        shapes = {
-            "heads": (model.layers, model.heads, model.coefficients, model.dim),
-            "norm_terms": (model.terms, model.dim),
-            "bias_terms": (model.layers, model.terms, model.dim),
-        }
-        found = {}
-        for name, shape in shapes.items():
-            place = self.path / BASIS / name
-            try:
-                values = np.asarray(self._array(f"{BASIS}/{name}")[:], np.float32)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise DamagedStoreError(f"{place} is damaged: {error}") from error
-            if values.shape != shape or not np.isfinite(values).all():
-                raise DamagedStoreError(f"{place} is damaged: parts of it were never written, or are gone")
-            found[name] = values
-        return found
+        return {spec.name: self._static(BASIS, spec) for spec in basis_specs(self.manifest.model, self.manifest.recipe)}
+
+    def fit_names(self) -> list[str]:
+        """The fits, the latest last."""
+        folder = self.path / FITS
+        names = [entry.name for entry in folder.iterdir() if (entry / "zarr.json").is_file()] if folder.is_dir() else []
+        return sorted(names, key=lambda name: (self._fit(name).created, name))
+
+    def fit(self, name: str | None = None) -> Fit:
+        """A fit with its arrays: the one called ``name``, or the latest.
+
+        Raises:
+            SelectionError: there is no such fit.
+            DamagedStoreError: some of it is missing or changed.
+        """
+        names = self.fit_names()
+        if not names or (name is not None and name not in names):
+            known = f"; it has {', '.join(names)}" if names else ": make one with 'spectrograph fit'"
+            raise SelectionError(f"{self.path} has no fit{f' {name!r}' if name else ''}{known}")
+        fit = self._fit(name or names[-1])
+        return fit.with_arrays({spec.name: self._static(f"{FITS}/{fit.name}", spec) for spec in fit.specs()})
 
     def array_metadata(self, batch: str, name: str) -> bytes:
         """The ``zarr.json`` of one array of a batch.
@@ -160,12 +196,36 @@ class StoreFolder:
         except OSError as error:
             raise DamagedStoreError(f"{file} cannot be read: {error.strerror}") from error
 
+    def _fit(self, name: str) -> Fit:
+        place = self.path / FITS / name
+        try:
+            return Fit.from_json(_attributes(place))
+        except ValueError as error:
+            raise DamagedStoreError(f"{place} does not describe a fit: {error}") from error
+
+    def _static(self, folder: str, spec: StaticSpec) -> NDArray[np.float32]:
+        place = self.path / folder / spec.name
+        try:
+            values = np.asarray(self._array(f"{folder}/{spec.name}")[...], np.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DamagedStoreError(f"{place} is damaged: {error}") from error
+        if values.shape != spec.shape or not np.isfinite(values).all():
+            raise DamagedStoreError(f"{place} is damaged: parts of it were never written, or are gone")
+        return values
+
     def _array(self, path: str) -> zarr.Array[Any]:
         try:
             found = zarr.open_array(LocalStore(self.path, read_only=True), path=path, mode="r", zarr_format=3)
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise DamagedStoreError(f"{self.path / path} is not the array that it should be: {error}") from error
         return found
+
+
+def _parquet(file: Path, filters: list[tuple[str, str, Any]] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(file, partitioning=None, page_checksum_verification=True, filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedStoreError(f"{file} cannot be read: {error}") from error
 
 
 def _attributes(path: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The Arrow schema of the image table, one Parquet file per shard."""
+"""The Arrow schemas of the tables, one Parquet file per shard."""
 
 from typing import Final
 
@@ -18,6 +18,17 @@ IMAGE_COLUMNS: Final = pa.schema(
         pa.field("width", pa.int32()),  # as shown, after EXIF rotation
         pa.field("height", pa.int32()),
         pa.field("error", pa.string()),  # why the image is not stored; null if it is
+    ]
+)
+
+# The significant scores of a shard, sorted by layer, neuron and row, so that one neuron lies together.
+SIGNIFICANT_COLUMNS: Final = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),  # of the batch's arrays
+        pa.field("norm", pa.float32(), nullable=False),
+        pa.field("projection", pa.float32(), nullable=False),
     ]
 )
 

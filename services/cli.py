@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from schemas.errors import SpectrographError
-from schemas.recipe import CAPTURES, DTYPES, PRECISIONS, Recipe
-from services.terminal import ingest_and_show, new_console, verify_and_show
+from schemas.recipe import CAPTURES, DTYPES, LAYERED, LEVELS, PRECISIONS, Recipe
+from services.terminal import fit_and_show, ingest_and_show, new_console, verify_and_show
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -47,7 +47,27 @@ def cli() -> None:
 )
 @click.option("--pretrained", metavar="TAG_OR_FILE", help="For a name that open_clip knows: which weights.")
 @click.option("--batch", default="default", show_default=True, metavar="NAME", help="Which group the images form.")
-@click.option("--capture", default="heads,mlps", show_default=True, metavar="A,B", help=f"Among {', '.join(CAPTURES)}.")
+@click.option(
+    "--capture",
+    default="heads,mlps",
+    show_default=True,
+    metavar="A,B",
+    help=f"Among {', '.join(CAPTURES)}; {' and '.join(LAYERED)} with their layers, as in neurons:8-10 or neurons:all.",
+)
+@click.option(
+    "--neurons",
+    "level",
+    default="coefficients",
+    show_default=True,
+    type=click.Choice(list(LEVELS)),
+    help="What to keep of neurons; scores need a fit.",
+)
+@click.option(
+    "--fit",
+    type=click.Path(path_type=Path),
+    metavar="STORE",
+    help="The store of the same model whose latest fit makes the scores.",
+)
 @click.option(
     "--dtype", default="float16", show_default=True, type=click.Choice(DTYPES), help="How numbers are stored."
 )
@@ -59,6 +79,7 @@ def cli() -> None:
     "--shard-images", type=int, metavar="N", help="Images written and resumed as one. [default: as fit 256 MiB]"
 )
 @click.option("--batch-size", default=32, show_default=True, metavar="N", help="Images encoded at once.")
+@click.option("--force", is_flag=True, help="Start also where the disk seems too small.")
 def ingest(source: Path, store: Path, **options: Any) -> None:
     """Encode the images in the folder SOURCE and write their contributions to STORE.
 
@@ -66,7 +87,8 @@ def ingest(source: Path, store: Path, **options: Any) -> None:
     again, the same command goes on where it stopped.
     """
     capture = [name.strip() for name in options.pop("capture").split(",") if name.strip()]
-    recipe = Recipe.of(capture, dtype=options.pop("dtype"), precision=options.pop("precision"))
+    kept = {name: options.pop(name) for name in ("dtype", "precision", "level")}
+    recipe = Recipe.of(capture, **kept)
     ingest_and_show(new_console(), source, store, recipe, **options)
 
 
@@ -94,6 +116,20 @@ def verify(store: Path, sample: int, device: str) -> None:
     opened = open_store(store)
     if not verify_and_show(console, opened.folder.path, sample, device):
         raise SpectrographError(f"{store} is damaged: ingest its images into a new store")
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sample", default=5000, show_default=True, metavar="N", help="Images to learn from, at most.")
+@click.option(
+    "--top-k", default=100, show_default=True, metavar="N", help="Images of each neuron that count as significant."
+)
+def fit(store: Path, sample: int, top_k: int) -> None:
+    """Learn means, importance thresholds and directions of the neurons and pairs in STORE, and keep them there.
+
+    With them a store answers with norms and projections, and --fit STORE makes a larger ingest keep those alone.
+    """
+    fit_and_show(new_console(), store, sample, top_k)
 
 
 @cli.command()

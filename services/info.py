@@ -5,6 +5,7 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
+from schemas.recipe import LEVELS
 from services.sizes import human
 from services.store import Store
 
@@ -17,9 +18,18 @@ def show_info(console: Console, store: Store) -> None:
     lines = {
         "store": f"{store.folder.path}, made {manifest.created} by spectrograph {writer}",
         "model": f"{weights}, weights {model.fingerprint[:12]}",
-        "parts": f"{model.layers} layers of {model.heads} heads and an MLP; {model.dim} dimensions",
+        "parts": f"{model.layers} layers of {model.heads} heads and an MLP of {model.neurons} neurons; "
+        f"{model.dim} dimensions"
+        if model.family == "vit"
+        else f"{model.neurons} neurons read by {model.heads} heads; {model.dim} dimensions",
         "recipe": f"{', '.join(recipe.capture)} as {recipe.dtype}, model in {recipe.precision}",
     }
+    if recipe.layers("neurons"):
+        made = f", by the fit {recipe.fit}" if recipe.fit else ""
+        lines["neurons"] = f"{recipe.level}: {LEVELS[recipe.level]}{made}"
+    for name in store.fits():
+        fit = store.fit(name)
+        lines[f"fit {name}"] = f"of {fit.images} images, the {fit.top_k} largest of each neuron, made {fit.created}"
     for name, text in lines.items():
         console.print(f"{name:8} {text}")
     console.print(_batches(store))

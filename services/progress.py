@@ -1,7 +1,7 @@
 """How a long job shows that it gets on: a bar on a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -45,3 +45,12 @@ def ingest_progress(console: Console, total: int) -> Iterator[IngestProgress]:
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         yield IngestProgress(console, bar, bar.add_task("ingest", total=total, rates=""), total)
+
+
+@contextmanager
+def count_progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for ``total`` things, while the block runs; it hears of so many more."""
+    columns = [TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,13 +1,15 @@
 """What the long commands show on a terminal while they run, and when they are done."""
 
-import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
+from rich.table import Table
 
-from schemas.recipe import Recipe
+from schemas.recipe import LEVELS, Recipe
 from services.sizes import human
 
 if TYPE_CHECKING:
@@ -48,20 +50,60 @@ def ingest_and_show(console: Console, source: Path, store: Path, recipe: Recipe,
     return outcome
 
 
+def fit_and_show(console: Console, store: Path, sample: int, top_k: int) -> None:
+    """Fits a store, keeps the fit there and says what came of it.
+
+    Raises:
+        SpectrographError: the store cannot be fitted.
+    """
+    with console.status("Opening the store"):
+        from services.fitting import fit_store
+        from services.neurons import Neurons
+        from services.progress import count_progress
+        from services.store import open_store
+        from services.stored import StoredImages
+        from workers.shards import add_fit
+    stored = StoredImages(open_store(store).folder)
+    total = len(Neurons(stored).layers) * stored.manifest.model.neurons
+    started = time.monotonic()
+    with count_progress(console, "neurons", total) as fitted:
+        fit = fit_store(stored, sample, top_k, fitted)
+    add_fit(stored.folder, fit)
+    table = Table("layer", box=None, pad_edge=False, header_style="bold")
+    for column in ("neurons", "threshold, median", "first component, median", "tenth", "nine tenths"):
+        table.add_column(column, justify="right")
+    for layer in fit.layers:
+        low, middle, high = np.quantile(fit.explained(layer), [0.1, 0.5, 0.9])
+        shares = (f"{share:.0%}" for share in (middle, low, high))
+        table.add_row(str(layer), str(fit.neurons), f"{np.median(fit.thresholds(layer)):.3g}", *shares)
+    console.print(table)
+    if fit.heads:
+        console.print(f"and {fit.neurons * fit.heads} pairs, each of one direction by construction")
+    console.print(
+        f"fit {fit.name} of {fit.images} images, the {fit.top_k} largest of each neuron counted, "
+        f"in {time.monotonic() - started:.1f} s"
+    )
+
+
 def _show_plan(console: Console, plan: "Plan") -> None:
-    request, batch, model = plan.request, plan.batch, plan.manifest.model
-    above = next(folder for folder in (request.store, *request.store.resolve().parents) if folder.is_dir())
+    request, batch, model, recipe = plan.request, plan.batch, plan.manifest.model, plan.manifest.recipe
     done = batch.shards - len(plan.pending)
     lines = {
         "source": f"{request.source}: {batch.images} images",
-        "model": f"{model.name}: {model.layers} layers, {model.heads} heads, {model.dim} dimensions",
-        "capture": f"{', '.join(request.recipe.capture)} as {request.recipe.dtype}; "
-        f"the model runs in {request.recipe.precision} on {plan.loaded.device}",
+        "model": f"{model.name}: {model.layers} layers, {model.heads} heads, {model.neurons} neurons, "
+        f"{model.dim} dimensions",
+        "capture": f"{', '.join(recipe.capture)} as {recipe.dtype}; "
+        f"the model runs in {recipe.precision} on {plan.loaded.device}",
         "store": f"{request.store}, batch {request.batch}: {batch.shards} shards of up to {batch.shard_images} images, "
         f"{done} recorded",
-        "size": f"{plan.image_bytes} bytes per image, {human(plan.image_bytes * batch.images)} in all, before "
-        f"compression; {human(shutil.disk_usage(above).free)} free",
+        "size": f"{plan.image_bytes(recipe)} bytes per image, {human(plan.pending_bytes)} still to write before "
+        f"compression; {human(plan.free_bytes)} free",
     }
+    if recipe.layers("neurons"):
+        levels = (replace(recipe, level=level) for level in LEVELS)
+        lines["neurons"] = f"kept as {recipe.level}; the choices, in bytes per image, all else included: " + ", ".join(
+            f"{other.level} {plan.image_bytes(other)}" for other in levels
+        )
     for name, text in lines.items():
         console.print(f"{name:8} {text}")
     for name in plan.listing.unmatched[:3]:

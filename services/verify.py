@@ -15,8 +15,8 @@ from schemas.store import StoreFolder
 from services.store import Store
 from workers.decoding import decode_file
 from workers.models import LoadedModel, load_model
+from workers.precision import autocast
 from workers.sources import as_path
-from workers.vit import AUTOCAST
 
 # How far a sum over the stored parts may be from the representation, relative to it: the precision of the model's
 # arithmetic, plus half a unit in the last place of each stored part.
@@ -55,14 +55,11 @@ def verify_checksums(folder: StoreFolder) -> Checksums:
             shards += 1
             try:
                 problems += _shard_problems(folder, batch, shard)
-                objects += len(folder.specs)
+                objects += len(folder.shard_paths(batch, shard))
                 size += sum(digest.bytes for digest in folder.digests(batch, shard).values())
             except DamagedStoreError as error:
                 problems.append(str(error))
-    try:
-        folder.basis()
-    except DamagedStoreError as error:
-        problems.append(str(error))
+    problems += _static_problems(folder)
     return Checksums(shards, objects, size, tuple(problems))
 
 
@@ -114,12 +111,11 @@ def _compare(store: Store, names: list[str], anew: NDArray[np.float32], unavaila
         if not distance <= arithmetic
     ]
     total = None
-    if {"heads", "mlps"} <= set(recipe.capture):
-        heads, mlps = store.heads(images=names), store.mlps(images=names)  # (N, L, H, D), (N, L, D)
-        embedding = store.embedding(images=names)  # (N, D)
-        parts = np.concatenate([heads.reshape(len(names), -1, heads.shape[-1]), mlps, embedding[:, None]], axis=1)
-        missing = np.linalg.norm(parts.sum(axis=1) + store.constant(images=names) - anew, axis=1) / norms  # (N,)
-        rounding = _ROUNDING[recipe.dtype] * np.linalg.norm(parts, axis=2).sum(axis=1) / norms  # (N,)
+    summed = _summed(store, names)
+    if summed is not None:
+        parts, lengths = summed
+        missing = np.linalg.norm(parts + store.constant(images=names) - anew, axis=1) / norms  # (N,)
+        rounding = _ROUNDING[recipe.dtype] * lengths / norms  # (N,)
         problems += [
             f"{name}: its contributions sum to {distance:.1e} of its norm away from the model's output"
             for name, distance, allowed in zip(names, missing, arithmetic + rounding, strict=True)
@@ -129,12 +125,40 @@ def _compare(store: Store, names: list[str], anew: NDArray[np.float32], unavaila
     return Sample(len(names), unavailable, float(away.max()), total, tuple(problems))
 
 
+def _summed(store: Store, names: list[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """The sum of all contributions but the constant, (N, D), and that of their norms, (N,), where they are captured."""
+    capture, model = set(store.manifest.recipe.capture), store.manifest.model
+    if "pairs" in capture:
+        total = np.zeros((len(names), model.dim), np.float32)
+        lengths = np.zeros(len(names), np.float32)
+        for first in range(0, model.neurons, _AT_ONCE):  # all pairs of a large ResNet are gigabytes
+            some = store.pairs(neuron=slice(first, first + _AT_ONCE), images=names)  # (N, n, H, D)
+            total += some.sum(axis=(1, 2))
+            lengths += np.linalg.norm(some, axis=3).sum(axis=(1, 2))
+        return total, lengths
+    if not {"heads", "mlps"} <= capture:
+        return None
+    heads, mlps = store.heads(images=names), store.mlps(images=names)  # (N, L, H, D), (N, L, D)
+    embedding = store.embedding(images=names)  # (N, D)
+    parts = np.concatenate([heads.reshape(len(names), -1, heads.shape[-1]), mlps, embedding[:, None]], axis=1)
+    return parts.sum(axis=1), np.linalg.norm(parts, axis=2).sum(axis=1)
+
+
 def _encode(loaded: LoadedModel, pixels: torch.Tensor, precision: str) -> NDArray[np.float32]:
-    with torch.no_grad(), torch.autocast(loaded.device, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with torch.no_grad(), autocast(loaded.device, precision):
         output = loaded.clip.visual(pixels.to(loaded.device))
     representation = output[0] if isinstance(output, tuple) else output
     anew: NDArray[np.float32] = representation.float().cpu().numpy()
     return anew
+
+
+def _static_problems(folder: StoreFolder) -> Iterator[str]:
+    try:
+        folder.basis()
+        for name in folder.fit_names():
+            folder.fit(name)
+    except DamagedStoreError as error:
+        yield str(error)
 
 
 def _shard_problems(folder: StoreFolder, batch: str, shard: int) -> Iterator[str]:
@@ -142,8 +166,7 @@ def _shard_problems(folder: StoreFolder, batch: str, shard: int) -> Iterator[str
     if rows != list(folder.batch(batch).rows(shard)):
         yield f"the record of shard {shard} of batch {batch!r} lists other rows than its own"
     digests = folder.digests(batch, shard)
-    for name, spec in folder.specs.items():
-        file = folder.shard_path(batch, spec, shard)
+    for name, file in folder.shard_paths(batch, shard).items():
         if name not in digests:
             yield f"{file} is not recorded"
         elif not file.is_file():

@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -21,13 +20,12 @@ from numpy.typing import NDArray
 from schemas.errors import BusyStoreError, PrecisionError
 from schemas.layout import ArraySpec
 from schemas.store import StoreFolder
-from schemas.tables import image_schema
+from schemas.tables import SIGNIFICANT_COLUMNS, image_schema
 from workers.decoding import Decoded, FileFacts, decode_file
 from workers.planning import Plan
-from workers.shards import BasisArray, create_batch, create_store, write_shard
+from workers.shards import ShardContent, create_batch, create_store, write_shard
 from workers.sources import as_text
 from workers.staging import Staging, staging
-from workers.vit import Basis
 
 _WINDOW_BATCHES: Final = 3
 _MOST_LOST: Final = 1e-3  # of the norm of what is rounded; half a unit in the last place of float16 is half of it
@@ -64,7 +62,7 @@ def run_ingest(plan: Plan, progress: Progress) -> Outcome:
     """
     name, path = plan.request.batch, plan.request.store
     if plan.is_new_store:
-        create_store(path, plan.manifest, _basis_arrays(plan.decomposition.basis))
+        create_store(path, plan.manifest, plan.decomposition.basis, plan.fit)
     folder = StoreFolder.open(path)
     written = _write(plan, folder, progress) if plan.pending else 0
     shards = folder.shards(name)
@@ -92,8 +90,8 @@ def _write_pending(plan: Plan, folder: StoreFolder, area: Staging, progress: Pro
             filled = _fill(plan, folder.specs, shard, images, progress)
             if in_flight is not None:
                 written += _finish(in_flight, progress)
-            write = partial(write_shard, arrays=filled.arrays, images=filled.table(plan))
-            in_flight = writer.submit(write, folder, area, plan.request.batch, shard)
+            in_flight = writer.submit(write_shard, folder, area, plan.request.batch, shard, filled.content(plan))
+            del filled  # its memory is the writer's now, and free for the next shard when that has ended
         if in_flight is not None:
             written += _finish(in_flight, progress)
     return written
@@ -128,15 +126,16 @@ class _Shard:
     rows: range
     arrays: dict[str, NDArray[np.floating[Any]]]
     facts: list[FileFacts]
+    significant: "_Significant | None"
 
     @classmethod
-    def empty(cls, rows: range, specs: Mapping[str, ArraySpec]) -> "_Shard":
+    def empty(cls, rows: range, specs: Mapping[str, ArraySpec], significant: "_Significant | None") -> "_Shard":
         arrays = {name: np.full((len(rows), *spec.shape), np.nan, spec.dtype) for name, spec in specs.items()}
-        return cls(rows, arrays, [])
+        return cls(rows, arrays, [], significant)
 
     def put(self, positions: list[int], found: Mapping[str, torch.Tensor]) -> None:
         """Stores a batch's numbers; images whose numbers are no numbers become failures."""
-        parts = {name: found[name].cpu().numpy() for name in self.arrays}  # (B, ...) each
+        parts = {name: values.cpu().numpy() for name, values in found.items()}  # (B, ...) each
         finite = np.all(
             [np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts.values()], axis=0
         )  # (B,)
@@ -147,8 +146,15 @@ class _Shard:
             with np.errstate(over="ignore"):
                 array[rows] = parts[name][finite]
             _check_rounding(name, array[rows], parts[name][finite])
+        if self.significant is not None:
+            self.significant.put(rows + self.rows.start, {name: part[finite] for name, part in parts.items()})
 
-    def table(self, plan: Plan) -> pa.Table:
+    def content(self, plan: Plan) -> ShardContent:
+        """All that is to be written."""
+        significant = self.significant.table() if self.significant is not None else None
+        return ShardContent(self.arrays, significant, self._table(plan))
+
+    def _table(self, plan: Plan) -> pa.Table:
         """The shard's image table."""
         listing, batch = plan.listing, plan.request.batch
         names = [listing.name(row) for row in self.rows]
@@ -166,10 +172,47 @@ class _Shard:
         return pa.table(columns, schema=image_schema(extra.schema))
 
 
+@dataclass(frozen=True)
+class _Significant:
+    """The scores of a shard that are worth keeping."""
+
+    layers: tuple[int, ...]
+    thresholds: NDArray[np.float32]  # (P, N)
+    dtype: str
+    found: list[pa.Table]
+
+    def put(self, rows: NDArray[np.intp], parts: Mapping[str, NDArray[np.float32]]) -> None:
+        """Takes what reaches its neuron's threshold. Norms and projections (B, P, N)."""
+        norms, projections = parts["neuron_norms"], parts["neuron_projections"]
+        image, layer, neuron = np.nonzero(norms >= self.thresholds)  # (rows of the table,) each
+        columns: dict[str, NDArray[Any]] = {
+            "layer": np.asarray(self.layers, np.int16)[layer],
+            "neuron": neuron.astype(np.int32),
+            "row": rows[image],
+        }
+        for name, values in (("norm", norms), ("projection", projections)):
+            kept = values[image, layer, neuron]
+            with np.errstate(over="ignore"):
+                rounded = kept.astype(self.dtype)
+            _check_rounding(f"neuron_{name}s", rounded[None], kept[None])
+            columns[name] = rounded.astype(np.float32)
+        self.found.append(pa.table(columns, schema=SIGNIFICANT_COLUMNS))
+
+    def table(self) -> pa.Table:
+        """All of them, one neuron after the other."""
+        table = pa.concat_tables([SIGNIFICANT_COLUMNS.empty_table(), *self.found])
+        return table.sort_by([("layer", "ascending"), ("neuron", "ascending"), ("row", "ascending")])
+
+
 def _fill(
     plan: Plan, specs: Mapping[str, ArraySpec], shard: int, images: Iterator[Decoded], progress: Progress
 ) -> _Shard:
-    filling = _Shard.empty(plan.batch.rows(shard), specs)
+    recipe, significant = plan.manifest.recipe, None
+    if recipe.level == "significant" and plan.fit is not None:
+        layers = recipe.layers("neurons")
+        thresholds = np.stack([plan.fit.thresholds(layer) for layer in layers])  # (P, N)
+        significant = _Significant(layers, thresholds, recipe.dtype, [])
+    filling = _Shard.empty(plan.batch.rows(shard), specs, significant)
     size = plan.request.batch_size
     for start in range(0, len(filling.rows), size):
         positions = range(start, min(start + size, len(filling.rows)))
@@ -197,11 +240,3 @@ def _check_rounding(name: str, stored: NDArray[np.floating[Any]], values: NDArra
             else f"are at most {largest:.3g}, too small for"
         )
         raise PrecisionError(f"{name} {why} {stored.dtype}: use another store with --dtype float32")
-
-
-def _basis_arrays(basis: Basis) -> dict[str, BasisArray]:
-    return {
-        "heads": BasisArray(basis.heads, ("layer", "head", "coefficient", "dim")),
-        "norm_terms": BasisArray(basis.norm_terms, ("term", "dim")),
-        "bias_terms": BasisArray(basis.bias_terms, ("layer", "term", "dim")),
-    }

@@ -1,7 +1,9 @@
 """What an ingest would do, worked out before anything is written: the source listed, the model loaded, all compared."""
 
+import math
 import platform
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -9,17 +11,33 @@ from typing import Final
 
 import pyarrow as pa
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 
 from schemas.errors import DamagedStoreError, PlanError, SourceError, StoreMismatchError, UnsupportedModelError
-from schemas.layout import BASIS, BATCHES, STAGING, array_specs, check_batch_name, image_bytes, shard_images
-from schemas.manifest import Batch, Manifest, Model
+from schemas.fits import Fit
+from schemas.layout import (
+    BASIS,
+    BATCHES,
+    FITS,
+    SIGNIFICANT_BYTES,
+    STAGING,
+    array_specs,
+    basis_specs,
+    check_batch_name,
+    image_bytes,
+    shard_images,
+)
+from schemas.manifest import Batch, Manifest, Model, Sizes
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
+from workers.decomposition import Decomposition
 from workers.models import LoadedModel, load_model
+from workers.resnet import ResnetDecomposition
 from workers.sources import Listing, list_folder
-from workers.vit import Basis, VitDecomposition
+from workers.vit import VitDecomposition
 
 _DEVICES: Final = ("cpu", "cuda", "mps")
+_SIGNIFICANT_SHARE: Final = 0.02  # of the images, as in the papers, where no fit says it
 _LIBRARIES: Final = ("spectrograph", "torch", "open_clip_torch", "zarr", "numcodecs", "pyarrow", "pillow")
 
 
@@ -36,6 +54,8 @@ class Request:
     device: str  # "auto", or as torch calls it
     batch_size: int
     shard_images: int | None  # None: as many as suit the recipe
+    fit: Path | None = None  # the store whose latest fit makes the scores
+    force: bool = False  # also where the disk seems too small
 
 
 @dataclass(frozen=True)
@@ -45,17 +65,35 @@ class Plan:
     request: Request
     listing: Listing
     loaded: LoadedModel
-    decomposition: VitDecomposition
+    decomposition: Decomposition
+    fit: Fit | None
     manifest: Manifest
     batch: Batch
     pending: tuple[int, ...]  # shards that are not recorded yet
     is_new_store: bool
     is_new_batch: bool
 
+    def image_bytes(self, recipe: Recipe) -> int:
+        """Bytes of one image in all arrays, uncompressed; significant scores as many as the fit lets expect."""
+        size = image_bytes(array_specs(self.manifest.model, recipe))
+        if recipe.level != "significant":
+            return size
+        share = self.fit.top_k / self.fit.images if self.fit else _SIGNIFICANT_SHARE
+        scores = len(recipe.layers("neurons")) * self.manifest.model.neurons
+        return size + int(share * scores * SIGNIFICANT_BYTES)
+
     @property
-    def image_bytes(self) -> int:
-        """Bytes of one image in all arrays, uncompressed."""
-        return image_bytes(array_specs(self.manifest.model, self.manifest.recipe))
+    def pending_bytes(self) -> int:
+        """What the pending shards, and the basis of a new store, take on disk before compression."""
+        model, recipe = self.manifest.model, self.manifest.recipe
+        static = sum(4 * math.prod(spec.shape) for spec in basis_specs(model, recipe)) if self.is_new_store else 0
+        return static + self.pending_images * self.image_bytes(recipe)
+
+    @property
+    def free_bytes(self) -> int:
+        """What is free on the disk of the store."""
+        store = self.request.store.resolve()
+        return shutil.disk_usage(next(folder for folder in (store, *store.parents) if folder.is_dir())).free
 
     @property
     def pending_images(self) -> int:
@@ -75,24 +113,31 @@ def plan_ingest(request: Request) -> Plan:
     listing = list_folder(request.source)
     digest = listing.digest()
     known = folder is not None and request.batch in folder.batch_names()
+    fit = _fit(request, folder)
+    recipe = replace(request.recipe, fit=fit.name if fit else None)
     if folder is not None:
         _check_columns(folder, listing)
+        recipe = _resolved(recipe, folder)
+        _check_same(request, folder.manifest.recipe_differences(recipe))
     if folder is not None and known:
         _check_batch(folder, request, digest, len(listing))
     loaded = load_model(request.model, request.pretrained, device=device)
-    decomposition = _decomposition(request, loaded, folder)
-    model = _describe(loaded, decomposition)
+    _check_fit(request, fit, loaded)
+    decomposition = _decomposition(request, recipe, loaded, folder, fit)
+    model = _describe(loaded, decomposition.sizes)
     if folder is not None:
-        differences = folder.manifest.differences(model, request.recipe)
-        if differences:
-            raise StoreMismatchError(
-                f"{request.store} was made otherwise: {'; '.join(differences)}; name another store"
-            )
-    manifest = folder.manifest if folder else _manifest(model, request.recipe)
+        _check_same(request, folder.manifest.model_differences(model))
+    manifest = folder.manifest if folder else _manifest(model, decomposition.recipe)
     batch = folder.batch(request.batch) if folder and known else _new_batch(request, manifest, digest, len(listing))
     done = set(folder.shards(request.batch)) if folder and known else set()
     pending = tuple(shard for shard in range(batch.shards) if shard not in done)
-    return Plan(request, listing, loaded, decomposition, manifest, batch, pending, folder is None, not known)
+    plan = Plan(request, listing, loaded, decomposition, fit, manifest, batch, pending, folder is None, not known)
+    if plan.pending_bytes > plan.free_bytes and not request.force:
+        raise PlanError(
+            f"this takes {plan.pending_bytes / 1e9:.1f} GB before compression, and {plan.free_bytes / 1e9:.1f} GB are "
+            f"free on the disk of {request.store}: capture less, keep neurons as scores, make room, or add --force"
+        )
+    return plan
 
 
 def _check(request: Request) -> None:
@@ -109,6 +154,50 @@ def _check(request: Request) -> None:
     source, store = request.source.resolve(), request.store.resolve()
     if store == source or source in store.parents:
         raise PlanError(f"the store {request.store} lies inside the source {request.source}: put it beside it")
+
+
+def _fit(request: Request, folder: StoreFolder | None) -> Fit | None:
+    """The fit behind the scores that are asked for: of the store named, or of the store itself when it goes on."""
+    recipe = request.recipe
+    if recipe.level == "coefficients":
+        if request.fit is not None:
+            raise PlanError(f"a fit makes scores, and neurons are to be kept as {recipe.level}: leave out --fit")
+        return None
+    if request.fit is not None:
+        fit = StoreFolder.open(request.fit).fit()
+    elif folder is not None and folder.manifest.recipe.fit is not None:
+        fit = folder.fit(folder.manifest.recipe.fit)
+    else:
+        raise PlanError(
+            f"neurons can be kept as {recipe.level} only by a fit: ingest a sample with coefficients, run "
+            "'spectrograph fit' on its store, and name that store with --fit"
+        )
+    missing = set(recipe.layers("neurons", fit.layers[-1] + 1)) - set(fit.layers)
+    if missing:
+        raise PlanError(
+            f"the fit in {request.fit or request.store} has no layer {min(missing)}: it has "
+            f"{', '.join(map(str, fit.layers))}"
+        )
+    return fit
+
+
+def _check_fit(request: Request, fit: Fit | None, loaded: LoadedModel) -> None:
+    if fit is not None and fit.model != loaded.fingerprint:
+        raise StoreMismatchError(
+            f"the fit in {request.fit or request.store} was made with another model than {request.model}: "
+            f"its weights are {fit.model[:12]}, not {loaded.fingerprint[:12]}"
+        )
+
+
+def _resolved(recipe: Recipe, folder: StoreFolder) -> Recipe:
+    """The recipe in the words of the store's model; of another family it is left as it is, and found to differ."""
+    model = folder.manifest.model
+    return recipe.resolved(model.neuron_layers) if model.family == "vit" else recipe
+
+
+def _check_same(request: Request, differences: list[str]) -> None:
+    if differences:
+        raise StoreMismatchError(f"{request.store} was made otherwise: {'; '.join(differences)}; name another store")
 
 
 def _device(name: str) -> str:
@@ -130,7 +219,12 @@ def _open(store: Path) -> StoreFolder | None:
         return None
     if store.is_dir():
         names = {entry.name for entry in store.iterdir()}
-        begun = STAGING in names and names <= {STAGING, BASIS, BATCHES}  # as making a store leaves it, if interrupted
+        begun = STAGING in names and names <= {
+            STAGING,
+            BASIS,
+            BATCHES,
+            FITS,
+        }  # as making a store leaves it, if interrupted
         if not names or (begun and not any((store / BATCHES).glob("*/zarr.json"))):
             return None
         if STAGING in names and "zarr.json" not in names:
@@ -170,34 +264,31 @@ def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int
         )
 
 
-def _decomposition(request: Request, loaded: LoadedModel, folder: StoreFolder | None) -> VitDecomposition:
+def _decomposition(
+    request: Request, recipe: Recipe, loaded: LoadedModel, folder: StoreFolder | None, fit: Fit | None
+) -> Decomposition:
     basis = None
     if folder is not None and folder.manifest.model.fingerprint == loaded.fingerprint:
-        basis = Basis(**folder.basis())
+        basis = folder.basis()
+    vision = loaded.clip.visual
     try:
-        return VitDecomposition(
-            loaded.clip.visual, request.recipe.capture, precision=request.recipe.precision, basis=basis
-        )
+        if isinstance(vision, ModifiedResNet):
+            return ResnetDecomposition(vision, recipe, basis=basis)
+        return VitDecomposition(vision, recipe, basis=basis, fit=fit)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's VisionTransformers with "
-            "standard attention that read the class token, average patch tokens, or pool with one learned query"
+            f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's ModifiedResNets, and "
+            "VisionTransformers with standard attention that read the class token, average patch tokens, or pool with "
+            "one learned query"
         ) from error
 
 
-def _describe(loaded: LoadedModel, decomposition: VitDecomposition) -> Model:
-    layers, heads, coefficients, dim = decomposition.basis.heads.shape
+def _describe(loaded: LoadedModel, sizes: Sizes) -> Model:
     return Model(
+        **asdict(sizes),
         name=loaded.name,
         pretrained=loaded.pretrained,
         fingerprint=loaded.fingerprint,
-        family="vit",
-        layers=layers,
-        heads=heads,
-        coefficients=coefficients,
-        tokens=decomposition.tokens,
-        dim=dim,
-        terms=len(decomposition.basis.norm_terms),
         config=loaded.config,
         preprocessing=loaded.preprocessing,
     )

@@ -83,7 +83,7 @@ class _Normed:
 
     def pooled(self, stream: Tensor) -> Pooled:
         """See `Pooling`."""
-        mean, scale = _moments(stream, self.eps)  # (B, K) each
+        mean, scale = moments(stream, self.eps)  # (B, K) each
         weights = scale / stream.shape[1]  # (B, K)
         constants = [torch.ones_like(weights[:, 0]), weights.sum(dim=1), (weights * mean).sum(dim=1)]
         return Pooled(weights[:, None], torch.stack(constants, dim=1))
@@ -163,8 +163,8 @@ class FirstQuery:
         normed = self.inner(stream)  # (B, K, W)
         attention = torch.softmax(torch.einsum("gw,bkw->bgk", self.asked, normed), dim=2)  # (B, G, K)
         y = torch.einsum("bgk,bkw,gwv->bv", attention, normed, self.read) + self.biases  # (B, V)
-        mean, scale = _moments(y, self.outer_eps)  # (B,) each
-        means, scales = _moments(stream, self.inner.eps)  # (B, K) each
+        mean, scale = moments(y, self.outer_eps)  # (B,) each
+        means, scales = moments(stream, self.inner.eps)  # (B, K) each
         weights = attention * (scales * scale[:, None])[:, None]  # (B, G, K)
         static = torch.stack([torch.ones_like(scale), scale, mean * scale], dim=1)  # (B, 3)
         sums = torch.cat([weights.sum(dim=2), torch.einsum("bgk,bk->bg", weights, means)], dim=1)  # (B, 2 G)
@@ -175,7 +175,7 @@ def _static(weight: Tensor) -> Tensor:
     return weight.detach().cpu().double()
 
 
-def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What a LayerNorm subtracts, and what it multiplies by."""
     variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
     return mean, torch.rsqrt(variance + eps)

@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,28 +21,48 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore
 
 from schemas.errors import BusyStoreError
-from schemas.layout import BASIS, BATCHES, array_specs, create_array, record_path, shard_key
+from schemas.fits import Fit
+from schemas.layout import (
+    BASIS,
+    BATCHES,
+    FITS,
+    SIGNIFICANT,
+    StaticSpec,
+    array_specs,
+    basis_specs,
+    create_array,
+    record_path,
+    shard_key,
+)
 from schemas.manifest import Batch, Manifest
 from schemas.store import RECORD_KEY, Digest, StoreFolder
 from workers.staging import Staging, refusals, staging
 
 _STORE_ITSELF: Final = ".store"  # no batch can be called so
+_GROUP_ROWS: Final = 64 * 1024  # of a Parquet file: one neuron's significant scores lie in few groups
 
 Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class BasisArray:
-    """One static array with the names of its dimensions."""
+class ShardContent:
+    """What one shard is to hold."""
 
-    values: Floats
-    dims: tuple[str, ...]
+    arrays: Mapping[str, Floats]  # (images of the shard, ...) for each array of the store
+    significant: pa.Table | None  # scores, where the store keeps the significant ones
+    images: pa.Table  # the image table, in the same order
 
 
-def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]) -> None:
+def create_store(path: Path, manifest: Manifest, basis: Mapping[str, Floats], fit: Fit | None = None) -> None:
     """Makes an empty store.
 
     The root's description is written last: before that there is no store, and a later call starts afresh.
+
+    Args:
+        path: where.
+        manifest: what it will hold.
+        basis: the arrays of `schemas.layout.basis_specs`.
+        fit: what its scores are made by, if it holds scores.
 
     Raises:
         BusyStoreError: another process is making it, or just did.
@@ -54,20 +74,28 @@ def create_store(path: Path, manifest: Manifest, basis: Mapping[str, BasisArray]
         draft = area.folder / "store"
         group = zarr.open_group(LocalStore(draft), mode="w", zarr_format=3, attributes=manifest.to_json())
         group.create_group(BATCHES)
-        static = group.create_group(BASIS)
-        for name, array in basis.items():
-            static.create_array(
-                name,
-                data=array.values,
-                dimension_names=array.dims,
-                fill_value=float("nan"),
-                compressors=[BloscCodec(cname="zstd"), Crc32cCodec()],
-            )
-        _consolidate(LocalStore(draft / BASIS))
-        for part in (BATCHES, BASIS):
+        _write_static(draft / BASIS, {}, basis_specs(manifest.model, manifest.recipe), basis)
+        parts = [BATCHES, BASIS]
+        if fit is not None:
+            _write_static(draft / FITS / fit.name, fit.to_json(), fit.specs(), fit.arrays)
+            parts.append(FITS)
+        for part in parts:
             area.publish_folder(draft / part, path / part)
         area.publish_file((draft / "zarr.json").read_bytes(), path / "zarr.json")
         shutil.rmtree(draft)
+
+
+def add_fit(folder: StoreFolder, fit: Fit) -> None:
+    """Keeps a fit in a store; one of the same name is the same.
+
+    Raises:
+        BusyStoreError: another process is adding one.
+        StoreWriteError: the disk refused.
+    """
+    with staging(folder.path, _STORE_ITSELF) as area, refusals(folder.path):
+        draft = area.folder / "fit"
+        _write_static(draft, fit.to_json(), fit.specs(), fit.arrays)
+        area.publish_folder(draft, folder.path / FITS / fit.name)
 
 
 def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) -> None:
@@ -92,9 +120,7 @@ def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) ->
     area.publish_folder(draft, folder.path / BATCHES / name)
 
 
-def write_shard(
-    folder: StoreFolder, area: Staging, name: str, shard: int, *, arrays: Mapping[str, Floats], images: pa.Table
-) -> int:
+def write_shard(folder: StoreFolder, area: Staging, name: str, shard: int, content: ShardContent) -> int:
     """Writes one shard of a batch and, when all of it is on disk, its record.
 
     Args:
@@ -102,8 +128,7 @@ def write_shard(
         area: the batch's staging area, held by the caller.
         name: the batch.
         shard: which of its shards.
-        arrays: (images of the shard, ...) for each array of the store.
-        images: the shard's image table, in the same order.
+        content: what it is to hold.
 
     Returns:
         The bytes written.
@@ -112,17 +137,20 @@ def write_shard(
         StoreWriteError: the disk refused; the shard does not exist.
     """
     digests: dict[str, Digest] = {}
-    for spec in folder.specs.values():
-        metadata = folder.array_metadata(name, spec.name)
-        data = encode_shard(metadata, shard_key(spec, shard), int(images["row"][0].as_py()), arrays[spec.name])
-        area.publish_file(data, folder.shard_path(name, spec, shard))
-        digests[spec.name] = Digest(len(data), hashlib.sha256(data).hexdigest())
-    record = json.dumps({"arrays": {array: asdict(digest) for array, digest in digests.items()}})
-    sink = io.BytesIO()
-    described = images.replace_schema_metadata({RECORD_KEY: record.encode()})
-    pq.write_table(described, sink, compression="zstd", write_page_checksum=True)
-    area.publish_file(sink.getvalue(), folder.path / record_path(name, shard))
-    return sum(digest.bytes for digest in digests.values()) + sink.tell()
+    first = int(content.images["row"][0].as_py())
+    for part, place in folder.shard_paths(name, shard).items():
+        if part == SIGNIFICANT:
+            assert content.significant is not None, "the store keeps significant scores"
+            data = _encode_table(content.significant)
+        else:
+            metadata = folder.array_metadata(name, part)
+            data = encode_shard(metadata, shard_key(folder.specs[part], shard), first, content.arrays[part])
+        area.publish_file(data, place)
+        digests[part] = Digest(len(data), hashlib.sha256(data).hexdigest())
+    told = json.dumps({"arrays": {part: asdict(digest) for part, digest in digests.items()}})
+    record = _encode_table(content.images.replace_schema_metadata({RECORD_KEY: told.encode()}))
+    area.publish_file(record, folder.path / record_path(name, shard))
+    return sum(digest.bytes for digest in digests.values()) + len(record)
 
 
 def encode_shard(metadata: bytes, key: str, first: int, values: Floats) -> bytes:
@@ -140,6 +168,39 @@ def encode_shard(metadata: bytes, key: str, first: int, values: Floats) -> bytes
     array[first : first + len(values)] = values
     data: bytes = objects[key].to_bytes()
     return data
+
+
+def _encode_table(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    # Rounded numbers end in zeros, which compress once the bytes of one rank lie together.
+    numbers = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    encodings = dict.fromkeys(numbers, "BYTE_STREAM_SPLIT")
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        write_page_checksum=True,
+        row_group_size=_GROUP_ROWS,
+        use_dictionary=[name for name in table.column_names if name not in numbers],
+        column_encoding=encodings or None,
+    )
+    return sink.getvalue()
+
+
+def _write_static(
+    place: Path, attributes: dict[str, Any], specs: Iterable[StaticSpec], arrays: Mapping[str, Floats]
+) -> None:
+    """Writes a group of arrays that depend on no image."""
+    group = zarr.open_group(LocalStore(place), mode="w", zarr_format=3, attributes=attributes)
+    for spec in specs:
+        group.create_array(
+            spec.name,
+            data=arrays[spec.name],
+            dimension_names=spec.dims,
+            fill_value=float("nan"),
+            compressors=[BloscCodec(cname="zstd"), Crc32cCodec()],
+        )
+    _consolidate(LocalStore(place))
 
 
 def _consolidate(group: LocalStore) -> None:

@@ -1,40 +1,35 @@
-"""First-order decomposition of open_clip's `VisionTransformer` (Gandelsman et al., ICLR 2024, section 3).
+"""Decomposition of open_clip's `VisionTransformer`, first-order and of neurons (Gandelsman et al., ICLR 2024 and 2025).
 
 The representation is a sum over heads, MLPs, the embedding and a constant. The stock model runs as it is, once; only
-its attention modules are exchanged for ones that compute the same and remember what each head read.
+its attention modules are exchanged for ones that compute the same and remember what each head read. A neuron of an MLP
+adds what each head of each later layer reads of it, ``s = sum_i a_i p_i / sigma_i``: its activations at the tokens,
+weighted by the pooled row of the attention map and by the scale of the layer's LayerNorm.
 
-Letters: B images, L layers, H heads, E head width, T tokens, K kept tokens, G pooling groups, W residual width, D joint
-space, R coefficients of a head (the smaller of G E and D), C constant terms.
+Letters: B images, L layers, L' later layers, H heads, E head width, T tokens, K kept tokens, G pooling groups, W
+residual width, N neurons, D joint space, R coefficients of a head (the smaller of G E and D), C constant terms, P
+captured layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import PlanError, UnsupportedModelError
-from workers.pooling import Pooled, Pooling, pooling_of
-
-AUTOCAST: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The static half of every contribution, made from weights alone and kept once.
-
-    A head's rows are orthonormal, so that distances, norms and angles of its contributions are those of its
-    coefficients, and rounding a coefficient harms its contribution no more than itself.
-    """
-
-    heads: NDArray[np.float32]  # (L, H, R, D)
-    norm_terms: NDArray[np.float32]  # (C, D): the last LayerNorm's bias and mean
-    bias_terms: NDArray[np.float32]  # (L, C, D): the biases of each attention output
+from schemas.fits import Fit
+from schemas.layout import coefficients_name
+from schemas.manifest import Sizes
+from schemas.recipe import Recipe
+from workers.decomposition import StaticArrays
+from workers.effects import PERCENT
+from workers.pooling import Pooled, Pooling, moments, pooling_of
+from workers.precision import autocast
+from workers.scoring import Scorer
+from workers.vit_basis import head_writes, make_basis
 
 
 @dataclass
@@ -47,6 +42,10 @@ class _Trace:
     mlps: list[Tensor] = field(default_factory=list)  # (B, K, W) each
     tokens: list[Tensor] = field(default_factory=list)  # (B, H, T, E) each
     cls_to_cls: list[Tensor] = field(default_factory=list)  # (B, W) each
+    rows: dict[int, Tensor] = field(default_factory=dict)  # (B, H, T) each, of later layers: a_i / sigma_i
+    scales: dict[int, Tensor] = field(default_factory=dict)  # (B, T) each, of the same: 1 / sigma_i
+    activations: dict[int, Tensor] = field(default_factory=dict)  # (B, T, N) each, of captured layers
+    asked: dict[int, Tensor] = field(default_factory=dict)  # (B, K, N) each, the same at the tokens that are pooled
 
 
 class VitDecomposition:
@@ -56,24 +55,32 @@ class VitDecomposition:
 
     Raises:
         UnsupportedModelError: some part of the model's output is no sum of the contributions of its parts.
-        PlanError: the model has no such thing as one of the captures.
+        PlanError: the model has no such thing as one of the captures, or no such layer.
+
+    With a fit, neurons are scored and their coefficients are not returned.
     """
 
     def __init__(
-        self, vision: VisionTransformer, capture: Iterable[str], *, precision: str = "fp32", basis: Basis | None = None
+        self,
+        vision: VisionTransformer,
+        recipe: Recipe,
+        *,
+        basis: StaticArrays | None = None,
+        fit: Fit | None = None,
     ) -> None:
         _check(vision)
         self.vision = vision.eval()
-        self.capture = frozenset(capture)
-        self.precision = precision
-        self.tokens = len(vision.positional_embedding)
         self.pooling: Pooling = pooling_of(vision)
+        self.capture = frozenset(text.partition(":")[0] for text in recipe.capture)
         _check_capture(self.capture, self.pooling)
         self._trace = _Trace()
-        writes = _writes(vision, self.pooling)  # (L, H, G E, D)
-        self.basis = basis or _basis(vision, self.pooling, writes)
+        writes = head_writes(vision, self.pooling)  # (L, H, G E, D)
+        self.sizes = _sizes(vision, writes, len(self.pooling.terms))
+        self.recipe = recipe.resolved(self.sizes.neuron_layers)
+        self.basis = basis or make_basis(vision, self.pooling, writes, self.recipe)
         device = vision.conv1.weight.device
-        rotation = writes @ torch.from_numpy(self.basis.heads).double().mT  # (L, H, G E, R)
+        self._scorer = Scorer(self.sizes, self.recipe, self.basis, fit, device) if fit else None
+        rotation = writes @ torch.from_numpy(self.basis["heads"]).double().mT  # (L, H, G E, R)
         self._rotation = rotation.float().to(device)
         self._writes = writes.flatten(1, 2).float().to(device)  # (L, G W, D)
         self._matrices = self.pooling.matrices.flatten(0, 1).float().to(device)  # (G W, D)
@@ -88,17 +95,19 @@ class VitDecomposition:
 
         Returns:
             ``representation`` (B, D); ``constants`` (B, C); and, as captured, ``heads`` (B, L, H, R),
-            ``mlps`` (B, L, D) with ``embedding`` (B, D), ``cls_to_cls`` (B, L, D), ``tokens`` (B, L, H, T, R).
+            ``mlps`` (B, L, D) with ``embedding`` (B, D), ``cls_to_cls`` (B, L, D), ``tokens`` (B, L, H, T, R),
+            ``neurons_LAYER`` (B, N, L', H), or ``neuron_norms`` and ``neuron_projections`` (B, P, N) where there is a
+            scorer, ``direct`` (B, P, N).
         """
         self._trace = trace = _Trace()
-        device = images.device.type
-        with torch.autocast(device, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+        with autocast(images.device, self.recipe.precision):
             output = self.vision(images)
         representation = output[0] if isinstance(output, tuple) else output  # (B, D)
         assert trace.stream is not None, "the model ran without its last LayerNorm"
         pooled = self.pooling.pooled(trace.stream)
         found = {"representation": representation.float(), "constants": pooled.constants}
         found.update(self._coefficients(trace, pooled))
+        found.update(self._neurons(trace, pooled, found["representation"]))
         self._trace = _Trace()
         return found
 
@@ -122,37 +131,76 @@ class VitDecomposition:
             found["tokens"] = torch.einsum("blhte,lher->blhtr", scaled, self._rotation)
         return found
 
+    def _neurons(self, trace: _Trace, pooled: Pooled, representation: Tensor) -> dict[str, Tensor]:
+        """What each neuron adds directly, and by later layers: layer by layer, so that one is held at a time."""
+        found: dict[str, Tensor] = {}
+        if trace.asked:
+            direct = [pooled.weights @ kept.float() for kept in trace.asked.values()]  # (B, 1, N) each
+            found["direct"] = torch.cat(direct, dim=1)  # (B, P, N)
+        if not trace.activations:
+            return found
+        scale = pooled.weights[:, :1, :1]  # (B, 1, 1): G = K = 1
+        if self._scorer is not None:
+            scale = scale * PERCENT / representation.norm(dim=1)[:, None, None]
+        rows = {layer: row * scale for layer, row in trace.rows.items()}  # (B, H, T) each
+        scores = []
+        for layer in self.recipe.layers("neurons"):
+            read = torch.cat([rows[later] for later in range(layer + 1, self.sizes.layers)], dim=1)  # (B, L' H, T)
+            coefficients = trace.activations.pop(layer).float().mT @ read.mT  # (B, N, L' H)
+            if self._scorer is not None:
+                scores.append(self._scorer.score(layer, coefficients))
+            else:
+                found[coefficients_name(layer)] = coefficients.unflatten(2, (-1, self.sizes.heads))
+        if scores:
+            found["neuron_norms"] = torch.stack([norms for norms, _ in scores], dim=1)  # (B, P, N)
+            found["neuron_projections"] = torch.stack([projections for _, projections in scores], dim=1)  # (B, P, N)
+        return found
+
     def _listen(self) -> None:
-        """Exchanges the attention modules and hooks the places where the residual stream is written."""
-        keep = self.pooling.keep
-
-        def embedded(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._trace.embedding = keep(args[0])
-
-        def added(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._trace.mlps.append(keep(output))
-
-        def ended(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._trace.stream = keep(output)
-
+        """Exchanges the attention modules and hooks the places where the residual stream is written and read."""
         transformer = self.vision.transformer
+        transformer.register_forward_hook(self._ended)
         if "mlps" in self.capture:
-            transformer.register_forward_pre_hook(embedded)
-        transformer.register_forward_hook(ended)
-        for block in transformer.resblocks:
-            block.attn = _Attention(block.attn, self)
+            transformer.register_forward_pre_hook(self._embedded)
+        first, *_ = (*self.recipe.layers("neurons"), len(transformer.resblocks))
+        for layer, block in enumerate(transformer.resblocks):
+            block.attn = _Attention(block.attn, partial(self._remember, layer, is_later=layer > first))
+            if layer > first:
+                block.ln_1.register_forward_pre_hook(partial(self._normed, layer))
+            if layer in self.recipe.output_layers:
+                block.mlp.c_proj.register_forward_pre_hook(partial(self._fired, layer))
             if "mlps" in self.capture:
-                block.ls_2.register_forward_hook(added)
+                block.ls_2.register_forward_hook(self._added)
 
-    def remember(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> None:
+    def _embedded(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._trace.embedding = self.pooling.keep(args[0])
+
+    def _normed(self, layer: int, norm: nn.LayerNorm, args: tuple[Tensor, ...]) -> None:
+        self._trace.scales[layer] = moments(args[0], norm.eps)[1]
+
+    def _fired(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if layer in self.recipe.layers("neurons"):
+            self._trace.activations[layer] = args[0]
+        if layer in self.recipe.layers("direct"):
+            self._trace.asked[layer] = self.pooling.keep(args[0])
+
+    def _added(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self._trace.mlps.append(self.pooling.keep(output))
+
+    def _ended(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self._trace.stream = self.pooling.keep(output)
+
+    def _remember(self, layer: int, query: Tensor, key: Tensor, value: Tensor, read: Tensor, *, is_later: bool) -> None:
         """Takes what one layer's heads read. Query, key, value (B, H, T, E); read (B, T, W)."""
         if "heads" in self.capture:
             self._trace.heads.append(self.pooling.keep(read))
-        if not self.capture & {"tokens", "cls_to_cls"}:
+        if not is_later and not self.capture & {"tokens", "cls_to_cls"}:
             return
         asking = query[:, :, :1] if self.pooling.row == "class token" else query[:, :, 1:]  # (B, H, 1 or T - 1, E)
         rows = torch.softmax(asking.float() @ key.float().transpose(2, 3) * key.shape[3] ** -0.5, dim=3)
         row = rows.mean(dim=2)  # (B, H, T)
+        if is_later:
+            self._trace.rows[layer] = row * self._trace.scales.pop(layer)[:, None]
         if "tokens" in self.capture:
             self._trace.tokens.append(row[..., None] * value)
         if "cls_to_cls" in self.capture:
@@ -162,10 +210,12 @@ class VitDecomposition:
 class _Attention(nn.Module):
     """What `nn.MultiheadAttention` computes from its own weights, with the heads told apart before they are mixed."""
 
-    def __init__(self, attention: nn.MultiheadAttention, decomposition: VitDecomposition) -> None:
+    def __init__(
+        self, attention: nn.MultiheadAttention, remember: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    ) -> None:
         super().__init__()
         self.attention = attention
-        self._remember = decomposition.remember
+        self._remember = remember
 
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool) -> tuple[Tensor, None]:
         """Self-attention of all tokens. (B, T, W) -> (B, T, W)"""
@@ -194,35 +244,32 @@ def _check(vision: nn.Module) -> None:
             raise UnsupportedModelError(f"its attention is a {type(block.attn).__name__} that is not batch-first")
 
 
+def _sizes(vision: VisionTransformer, writes: Tensor, terms: int) -> Sizes:
+    layers, heads, reads, dim = writes.shape
+    first: ResidualAttentionBlock = vision.transformer.resblocks[0]
+    return Sizes(
+        family="vit",
+        layers=layers,
+        heads=heads,
+        coefficients=min(reads, dim),
+        tokens=len(vision.positional_embedding),
+        neurons=first.mlp.c_proj.in_features,
+        width=first.mlp.c_proj.out_features,
+        dim=dim,
+        terms=terms,
+    )
+
+
 def _check_capture(capture: frozenset[str], pooling: Pooling) -> None:
+    if "pairs" in capture:
+        raise PlanError("cannot capture pairs of a transformer: they are a ResNet's; capture neurons:LAYERS")
+    if "neurons" in capture and pooling.row is None:
+        raise PlanError(
+            "cannot capture neurons: how much this model reads of each token is not known before its last layer"
+        )
+    if "direct" in capture and len(pooling.matrices) != 1:
+        raise PlanError("cannot capture direct: this model's pooler reads each neuron through several heads")
     if "cls_to_cls" in capture and pooling.row != "class token":
         raise PlanError("cannot capture cls_to_cls: this model does not read its class token")
     if "tokens" in capture and pooling.row is None:
         raise PlanError("cannot capture tokens: how much this model reads of each is not known before its last layer")
-
-
-def _writes(vision: VisionTransformer, pooling: Pooling) -> Tensor:
-    """From what a head reads to the joint space, the image's scales aside: ``W_O * ls_1 @ matrices``. (L, H, G E, D)"""
-    layers = []
-    for block in vision.transformer.resblocks:
-        output = block.attn.out_proj.weight.detach().cpu().double().T * _layer_scale(block)  # (W, W)
-        mapped = output @ pooling.matrices  # (G, W, D)
-        layers.append(mapped.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1).flatten(1, 2))  # (H, G E, D)
-    return torch.stack(layers)
-
-
-def _basis(vision: VisionTransformer, pooling: Pooling, writes: Tensor) -> Basis:
-    columns, _ = torch.linalg.qr(writes.mT)  # (L, H, D, R)
-    biases = torch.zeros(len(writes), *pooling.terms.shape, dtype=torch.double)  # (L, C, D)
-    for layer, block in enumerate(vision.transformer.resblocks):
-        bias = block.attn.out_proj.bias.detach().cpu().double() * _layer_scale(block)  # (W,)
-        biases[layer, pooling.totals] = bias @ pooling.matrices  # (G, D)
-    return Basis(
-        heads=columns.mT.float().contiguous().numpy(),
-        norm_terms=pooling.terms.float().numpy(),
-        bias_terms=biases.float().numpy(),
-    )
-
-
-def _layer_scale(block: ResidualAttentionBlock) -> Tensor | float:
-    return 1.0 if isinstance(block.ls_1, nn.Identity) else block.ls_1.gamma.detach().cpu().double()

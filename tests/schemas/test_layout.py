@@ -12,8 +12,9 @@ from schemas.recipe import Recipe
 
 
 def model(**changes: int) -> Model:
-    sizes = {"layers": 12, "heads": 12, "coefficients": 64, "tokens": 50, "dim": 512, "terms": 3, **changes}
-    return Model("m", None, "f", "vit", config={}, preprocessing={}, **sizes)
+    sizes = {"layers": 12, "heads": 12, "coefficients": 64, "tokens": 50, "dim": 512, "terms": 3}
+    sizes |= {"neurons": 3072, "width": 768, **changes}
+    return Model(family="vit", name="m", pretrained=None, fingerprint="f", config={}, preprocessing={}, **sizes)
 
 
 def recipe(*capture: str) -> Recipe:

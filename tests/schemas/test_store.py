@@ -17,7 +17,7 @@ from schemas.store import StoreFolder
         ("{", DamagedStoreError, "not JSON"),
         ("{}", NotAStoreError, "no Spectrograph store"),
         (json.dumps({"attributes": {"spectrograph": {"format": 99}}}), NotAStoreError, "format 99"),
-        (json.dumps({"attributes": {"spectrograph": {"format": 1}}}), DamagedStoreError, "model"),
+        (json.dumps({"attributes": {"spectrograph": {"format": 2}}}), DamagedStoreError, "model"),
         (json.dumps({"attributes": {"spectrograph": [1]}}), DamagedStoreError, "does not describe"),
         (json.dumps({"attributes": 3}), NotAStoreError, "no Spectrograph store"),
         ("[]", DamagedStoreError, "not JSON"),

@@ -121,7 +121,7 @@ def test_components_are_found_by_name(store: Store) -> None:
     np.testing.assert_array_equal(store.contribution("head:2.1"), store.heads(layer=2, head=1))
     np.testing.assert_array_equal(store.contribution("mlp:3", view="reference"), store.mlps(layer=3, view="reference"))
     np.testing.assert_array_equal(store.contribution(spectrograph.component("embedding")), store.embedding())
-    with pytest.raises(ComponentError, match=r"does not hold neuron:1\.2"):
+    with pytest.raises(ComponentError, match="not neurons: ingest with --capture neurons:LAYERS"):
         store.contribution("neuron:1.2")
     with pytest.raises(ComponentError, match="shares the constant out"):
         store.contribution("constant", view="reference")

@@ -28,7 +28,6 @@ from schemas.errors import (
     PrecisionError,
     SourceError,
     StoreMismatchError,
-    UnsupportedModelError,
 )
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
@@ -85,7 +84,7 @@ def test_rebuilt_contributions_are_as_near_as_their_type_allows(ingest: Ingest, 
     listing = list_folder(ingest.request.source)
     images = torch.stack([plan.loaded.preprocess(as_shown(Path(os.fsdecode(listing.path(i))))) for i in range(8)])
     found = plan.decomposition.encode(images)["heads"].double().numpy()
-    truth = np.einsum("nlhr,lhrd->nlhd", found, plan.decomposition.basis.heads.astype(float))
+    truth = np.einsum("nlhr,lhrd->nlhd", found, plan.decomposition.basis["heads"].astype(float))
     rebuilt = open_store(ingest.request.store).heads()[:8]
     away = np.linalg.norm(rebuilt - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
     assert away.max() < bound
@@ -253,7 +252,7 @@ def test_plans_that_cannot_end_well_are_refused(ingest: Ingest, tmp_path: Path) 
         ingest(device="no-such-device")
     with pytest.raises(SourceError, match="does not exist"):
         ingest(source=tmp_path / "nowhere")
-    with pytest.raises(UnsupportedModelError, match=r"resnet cannot be decomposed exactly: .*ModifiedResNet"):
+    with pytest.raises(PlanError, match="cannot capture heads of a ResNet: capture pairs"):
         ingest(model=str(GOLDEN / "resnet"))
     assert not ingest.request.store.exists()
 

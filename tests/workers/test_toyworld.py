@@ -34,6 +34,8 @@ def test_masks_hold_exactly_the_objects(truth: Attributes, seed: int) -> None:
     assert areas.max() < 1.35 * areas.min()
     # The colour inside the masks is one hue up to its texture's shade, and no pixel outside is drawn in it.
     inside = drawn.picture[drawn.masks.any(axis=0)].astype(float)
+    whole = inside.max(axis=1) < 255  # a channel that would be brighter than white is cut
+    inside = inside[whole] if whole.any() else inside
     brightest = inside[inside.sum(axis=1).argmax()]
     shades = inside @ brightest / (brightest @ brightest)
     assert np.abs(inside - shades[:, None] * brightest).max() < 3

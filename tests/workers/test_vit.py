@@ -13,6 +13,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from schemas.errors import PlanError, UnsupportedModelError
+from schemas.recipe import Recipe
 from services.contributions import Basis, shared_out
 from tests.conftest import GOLDEN
 from workers.vit import VitDecomposition
@@ -52,10 +53,14 @@ def small(**changes: Any) -> VisionTransformer:
     return lively(_build_vision_tower(16, vision))
 
 
+def capturing(*capture: str, precision: str = "fp32") -> Recipe:
+    return Recipe.of(capture, dtype="float32", precision=precision)
+
+
 def summed(decomposition: VitDecomposition, found: dict[str, torch.Tensor]) -> torch.Tensor:
     basis = decomposition.basis
-    heads = torch.einsum("blhr,lhrd->bd", found["heads"], torch.from_numpy(basis.heads))
-    constant = found["constants"] @ torch.from_numpy(basis.norm_terms + basis.bias_terms.sum(axis=0))
+    heads = torch.einsum("blhr,lhrd->bd", found["heads"], torch.from_numpy(basis["heads"]))
+    constant = found["constants"] @ torch.from_numpy(basis["norm_terms"] + basis["bias_terms"].sum(axis=0))
     return heads + found["mlps"].sum(dim=1) + found["embedding"] + constant
 
 
@@ -66,10 +71,10 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def golden_parts(golden_vit: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Basis]:
     model = open_clip.create_model(f"local-dir:{GOLDEN / 'vit'}")
-    decomposition = VitDecomposition(model.visual, EVERYTHING)
+    decomposition = VitDecomposition(model.visual, capturing(*EVERYTHING))
     found = decomposition.encode(torch.from_numpy(golden_vit["images"]))
     basis = decomposition.basis
-    return {k: v.numpy() for k, v in found.items()}, Basis(basis.heads, basis.norm_terms, basis.bias_terms)
+    return {k: v.numpy() for k, v in found.items()}, Basis(basis["heads"], basis["norm_terms"], basis["bias_terms"])
 
 
 def test_golden_heads(golden_vit: dict[str, np.ndarray], golden_parts: tuple[dict[str, np.ndarray], Basis]) -> None:
@@ -118,7 +123,7 @@ def test_contributions_sum_to_the_output_of_every_native_architecture(name: str)
     with torch.no_grad():
         output = vision(images)
     stock = output[0] if isinstance(output, tuple) else output
-    decomposition = VitDecomposition(vision, ["heads", "mlps"])
+    decomposition = VitDecomposition(vision, capturing("heads", "mlps"))
     found = decomposition.encode(images)
     assert relative(found["representation"], stock) < 1e-5
     assert relative(summed(decomposition, found), stock) < 1e-5
@@ -145,7 +150,7 @@ def test_contributions_sum_to_the_output_of_variants(changes: dict[str, Any]) ->
     images = torch.randn(4, 3, *vision.image_size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         stock = vision(images)
-    decomposition = VitDecomposition(vision, ["heads", "mlps"])
+    decomposition = VitDecomposition(vision, capturing("heads", "mlps"))
     found = decomposition.encode(images)
     assert relative(summed(decomposition, found), stock) < 1e-5
 
@@ -182,9 +187,9 @@ def slow_heads(vision: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
 def test_heads_and_tokens_equal_a_slow_twin(changes: dict[str, Any]) -> None:
     images = torch.randn(5, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     truth = slow_heads(small(**changes), images)
-    decomposition = VitDecomposition(small(**changes), ["heads", "tokens"])
+    decomposition = VitDecomposition(small(**changes), capturing("heads", "tokens"))
     found = decomposition.encode(images)
-    basis = torch.from_numpy(decomposition.basis.heads).double()
+    basis = torch.from_numpy(decomposition.basis["heads"]).double()
     heads = torch.einsum("blhr,lhrd->blhd", found["heads"].double(), basis)
     tokens = torch.einsum("blhtr,lhrd->blhtd", found["tokens"].double(), basis)
     assert relative(tokens, truth) < 2e-5
@@ -192,9 +197,9 @@ def test_heads_and_tokens_equal_a_slow_twin(changes: dict[str, Any]) -> None:
 
 
 def test_coefficients_keep_norms_and_angles() -> None:
-    decomposition = VitDecomposition(small(), ["heads"])
+    decomposition = VitDecomposition(small(), capturing("heads"))
     found = decomposition.encode(torch.randn(6, 3, 24, 24))["heads"]
-    contributions = torch.einsum("blhr,lhrd->blhd", found, torch.from_numpy(decomposition.basis.heads))
+    contributions = torch.einsum("blhr,lhrd->blhd", found, torch.from_numpy(decomposition.basis["heads"]))
     torch.testing.assert_close(
         torch.einsum("blhr,clhr->bclh", found, found), torch.einsum("blhd,clhd->bclh", contributions, contributions)
     )
@@ -203,7 +208,7 @@ def test_coefficients_keep_norms_and_angles() -> None:
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4))
 @settings(max_examples=10, deadline=None)
 def test_any_batch_size_gives_the_same_numbers(sizes: list[int]) -> None:
-    decomposition = VitDecomposition(small(), EVERYTHING)
+    decomposition = VitDecomposition(small(), capturing(*EVERYTHING))
     images = torch.randn(sum(sizes), 3, 24, 24, generator=torch.Generator().manual_seed(4))
     whole = decomposition.encode(images)
     parts = [decomposition.encode(part) for part in images.split(sizes)]
@@ -213,16 +218,16 @@ def test_any_batch_size_gives_the_same_numbers(sizes: list[int]) -> None:
 
 def test_a_given_basis_gives_the_same_contributions() -> None:
     images = torch.randn(2, 3, 24, 24)
-    first = VitDecomposition(small(), ["heads"])
-    again = VitDecomposition(small(), ["heads"], basis=first.basis)
+    first = VitDecomposition(small(), capturing("heads"))
+    again = VitDecomposition(small(), capturing("heads"), basis=first.basis)
     torch.testing.assert_close(again.encode(images)["heads"], first.encode(images)["heads"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near(precision: str) -> None:
     images = torch.randn(4, 3, 24, 24)
-    full = VitDecomposition(small(), ["heads", "mlps"]).encode(images)
-    half = VitDecomposition(small(), ["heads", "mlps"], precision=precision).encode(images)
+    full = VitDecomposition(small(), capturing("heads", "mlps")).encode(images)
+    half = VitDecomposition(small(), capturing("heads", "mlps", precision=precision)).encode(images)
     assert half["heads"].dtype == torch.float32
     assert relative(half["representation"], full["representation"]) < 0.05
     assert float((half["heads"] - full["heads"]).norm() / full["heads"].norm()) < 0.05
@@ -242,17 +247,17 @@ def test_models_without_an_exact_decomposition_are_refused_with_the_reason(
 ) -> None:
     vision = small(**changes)
     with pytest.raises(UnsupportedModelError, match=reason):
-        VitDecomposition(vision, ["heads"])
+        VitDecomposition(vision, capturing("heads"))
 
 
 def test_a_resnet_is_refused_with_the_reason() -> None:
     model = open_clip.create_model(f"local-dir:{GOLDEN / 'resnet'}")
     with pytest.raises(UnsupportedModelError, match="ModifiedResNet"):
-        VitDecomposition(model.visual, ["heads"])
+        VitDecomposition(model.visual, capturing("heads"))
 
 
 @pytest.mark.parametrize(("capture", "final"), [("cls_to_cls", True), ("tokens", False)])
 def test_captures_that_averaging_leaves_no_meaning_are_refused(capture: str, final: bool) -> None:
     vision = small(pool_type="avg", final_ln_after_pool=final)
     with pytest.raises(PlanError, match=capture):
-        VitDecomposition(vision, [capture])
+        VitDecomposition(vision, capturing(capture))

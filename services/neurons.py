@@ -1,0 +1,263 @@
+"""Neurons and pairs of a store: contributions, scores and directions, from coefficients or from what was kept of them.
+
+Letters: N images, n neurons, R coefficients of a neuron, h heads, H all heads, D joint space.
+"""
+
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.errors import ComponentError, SelectionError
+from schemas.fits import Fit
+from schemas.layout import coefficients_name
+from schemas.tables import SIGNIFICANT_COLUMNS
+from services.contributions import Contributions, Floats
+from services.reading import Indices
+from services.stored import StoredImages
+from workers.effects import PERCENT, Effects, blocks, effects_of, factors, rows
+
+Scores = tuple[Contributions, Contributions]  # norms and projections
+
+_FOUND: Final = pa.schema([pa.field("image_id", pa.string()), *(f for f in SIGNIFICANT_COLUMNS if f.name != "row")])
+
+
+class Neurons:
+    """Reads neurons. Layers are those of `layer`; neurons and heads are positions."""
+
+    def __init__(self, stored: StoredImages) -> None:
+        self._stored = stored
+        self._effects: dict[int, Effects] = {}
+        self._fits: dict[str | None, Fit] = {}
+
+    @cached_property
+    def _basis(self) -> dict[str, NDArray[np.float32]]:
+        return self._stored.folder.basis()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose neurons are captured."""
+        recipe = self._stored.manifest.recipe
+        return (0,) if "pairs" in recipe.capture else recipe.layers("neurons")
+
+    def layer(self, asked: int | None) -> int:
+        """The layer that is meant.
+
+        Raises:
+            ComponentError: it is not captured.
+            SelectionError: several are, and none was named.
+        """
+        place, layers = self._stored.folder.path, self.layers
+        if not layers:
+            captured = ", ".join(self._stored.manifest.recipe.capture)
+            raise ComponentError(
+                f"{place} captured {captured}, not neurons: ingest with --capture neurons:LAYERS, or pairs of a ResNet"
+            )
+        if asked is None and len(layers) > 1:
+            raise SelectionError(f"{place} holds neurons of layers {', '.join(map(str, layers))}: name one")
+        if asked is not None and asked not in layers:
+            raise ComponentError(
+                f"{place} holds no neurons of layer {asked}; it holds those of {', '.join(map(str, layers))}"
+            )
+        return layers[0] if asked is None else asked
+
+    def coefficients(self, layer: int, neurons: Indices, chosen: Indices | None) -> Floats:
+        """The numbers that rebuild contributions, in the plain view. (N, n, R)
+
+        Raises:
+            ComponentError: the store keeps scores only.
+        """
+        recipe = self._stored.manifest.recipe
+        if recipe.level != "coefficients":
+            raise ComponentError(
+                f"{self._stored.folder.path} keeps neurons as {recipe.level}: contributions need coefficients"
+            )
+        array = "pairs" if self._is_resnet else coefficients_name(layer)
+        read: Floats = self._stored.read(array, chosen, (neurons,))  # (N, n, ...)
+        return read.reshape(*read.shape[:2], -1)
+
+    def contributions(
+        self, layer: int, neurons: Indices, chosen: Indices | None, *, is_reference: bool
+    ) -> Contributions:
+        """What neurons add. (N, n, D)"""
+        found = self.coefficients(layer, neurons, chosen).swapaxes(0, 1)  # (n, N, R)
+        mapped = np.matmul(found, rows(self.effects(layer), neurons)).swapaxes(0, 1)  # (N, n, D)
+        if is_reference and self._is_resnet:
+            mapped = mapped + self._pool_bias(np.arange(self._stored.manifest.model.heads)).sum(axis=0)
+        elif is_reference:
+            mapped = mapped * self._scale(chosen)[:, None, None]
+        return np.ascontiguousarray(mapped, np.float32)
+
+    def direct(
+        self, layer: int | None, neurons: Indices, chosen: Indices | None, *, is_reference: bool
+    ) -> Contributions:
+        """What neurons of a transformer add through no other part of it. (N, n, D)"""
+        recipe, place = self._stored.manifest.recipe, self._stored.folder.path
+        layers = recipe.layers("direct")
+        if not layers:
+            captured = ", ".join(recipe.capture)
+            raise ComponentError(f"{place} captured {captured}, not direct: ingest with --capture direct:LAYERS")
+        if layer is None and len(layers) > 1:
+            raise SelectionError(f"{place} holds direct effects of layers {', '.join(map(str, layers))}: name one")
+        layer = layers[0] if layer is None else layer
+        if layer not in layers:
+            raise ComponentError(
+                f"{place} holds no direct effects of layer {layer}; it holds those of {', '.join(map(str, layers))}"
+            )
+        at = np.array([layers.index(layer)])
+        numbers = self._stored.read("direct", chosen, (at, neurons))[:, 0, :, None]  # (N, n, 1)
+        outputs = self._basis["neuron_outputs"][recipe.output_layers.index(layer)][neurons]  # (n, W)
+        found = numbers * (outputs @ self._basis["last_matrix"])  # (N, n, D)
+        return np.asarray(found * self._scale(chosen)[:, None, None] if is_reference else found, np.float32)
+
+    def scores(self, layer: int, neurons: Indices, chosen: Indices | None, fit: str | None) -> Scores:
+        """Norms of what neurons add beyond their mean, and projections of that on their directions. (N, n) each"""
+        level = self._stored.manifest.recipe.level
+        if level == "coefficients":
+            return self._computed(layer, neurons, chosen, self._fit(fit, layer))
+        self._fit(fit, layer)
+        if level == "significant":
+            return self._kept(layer, neurons, chosen)
+        at = np.array([self.layers.index(layer)])
+        norms = self._stored.read("neuron_norms", chosen, (at, neurons))[:, 0]  # (N, n)
+        return norms, self._stored.read("neuron_projections", chosen, (at, neurons))[:, 0]
+
+    def directions(self, layer: int, neurons: Indices, fit: str | None) -> Contributions:
+        """Unit vectors. (n, D)"""
+        found = self._fit(fit, layer).directions(layer)[neurons]  # (n, R)
+        vectors = np.matmul(found[:, None], rows(self.effects(layer), neurons))[:, 0]  # (n, D)
+        return np.asarray(vectors, np.float32)
+
+    def significant(self, layer: int, neurons: Indices, fit: str | None) -> pa.Table:
+        """One row per image and neuron over its threshold, by neuron and falling norm."""
+        images = self._stored.stored[0]["image_id"]
+        thresholds = self._fit(fit, layer).thresholds(layer)
+        tables = [_FOUND.empty_table()]
+        each = 8 * max(1, self._stored.count(None))
+        for block in blocks(len(neurons), each):
+            norms, projections = self.scores(layer, neurons[block], None, fit)  # (N, n)
+            image, at = np.nonzero(norms >= thresholds[neurons[block]])
+            columns = {
+                "image_id": images.take(pa.array(image)),
+                "layer": np.full(len(at), layer, np.int16),
+                "neuron": neurons[block][at].astype(np.int32),
+                "norm": norms[image, at],
+                "projection": projections[image, at],
+            }
+            tables.append(pa.table(columns, schema=_FOUND))
+        return pa.concat_tables(tables).sort_by([("neuron", "ascending"), ("norm", "descending")])
+
+    def pairs(self, neurons: Indices, heads: Indices, chosen: Indices | None, *, is_reference: bool) -> Contributions:
+        """What pairs add. (N, n, h, D)"""
+        numbers = self._pair_numbers(neurons, heads, chosen)  # (N, n, h)
+        found = numbers[..., None] * self._pair_rows(neurons, heads)  # (N, n, h, D)
+        return np.asarray(found + self._pool_bias(heads) if is_reference else found, np.float32)
+
+    def pair_scores(self, neurons: Indices, heads: Indices, chosen: Indices | None, fit: str | None) -> Scores:
+        """Norms of what pairs add beyond their mean, and projections of that on their directions. (N, n, h) each"""
+        numbers = self._pair_numbers(neurons, heads, chosen)
+        arrays, chosen_pairs = self._fit(fit, 0).arrays, np.ix_(neurons, heads)
+        lengths = np.linalg.norm(self._basis["pair_reads"][chosen_pairs], axis=2)  # (n, h)
+        centred = (numbers - arrays["pair_means"][chosen_pairs]) * lengths  # (N, n, h)
+        return np.abs(centred), centred * arrays["pair_signs"][chosen_pairs]
+
+    def pair_directions(self, neurons: Indices, heads: Indices, fit: str | None) -> Contributions:
+        """Unit vectors. (n, h, D)"""
+        self._need_pairs()
+        found = self._pair_rows(neurons, heads)  # (n, h, D)
+        lengths = np.linalg.norm(found, axis=2, keepdims=True)
+        signs = self._fit(fit, 0).arrays["pair_signs"][np.ix_(neurons, heads)]
+        return np.asarray(found / np.maximum(lengths, np.finfo(np.float32).tiny) * signs[..., None], np.float32)
+
+    def pool_constant(self, images: int) -> Contributions:
+        """What a ResNet adds to every image alike. (N, D)"""
+        total = self._basis["value_biases"].sum(axis=0) + self._basis["output_bias"]  # (D,)
+        return np.tile(total, (images, 1))
+
+    def effects(self, layer: int) -> Effects:
+        """The static half of a layer's neurons."""
+        if layer not in self._effects:
+            manifest = self._stored.manifest
+            self._effects[layer] = effects_of(manifest.model, manifest.recipe, self._basis, layer)
+        return self._effects[layer]
+
+    def reference_coefficients(self, layer: int, neurons: Indices, chosen: Indices | None) -> Floats:
+        """Coefficients in the references' view, constants aside. (N, n, R)"""
+        found = self.coefficients(layer, neurons, chosen)
+        return found if self._is_resnet else found * self._scale(chosen)[:, None, None]
+
+    @property
+    def _is_resnet(self) -> bool:
+        return self._stored.manifest.model.family == "resnet"
+
+    def _scale(self, chosen: Indices | None) -> Floats:
+        return np.asarray(PERCENT / self._stored.norms(chosen), np.float32)
+
+    def _fit(self, name: str | None, layer: int) -> Fit:
+        """The fit that is meant; scores that were kept have but one."""
+        made_by = self._stored.manifest.recipe.fit
+        if made_by is not None and name not in (None, made_by):
+            raise SelectionError(f"the scores in {self._stored.folder.path} were made by the fit {made_by}, not {name}")
+        fit = self._known_fit(name or made_by)
+        if layer not in fit.layers:
+            raise SelectionError(f"the fit {fit.name} has no layer {layer}: it has {', '.join(map(str, fit.layers))}")
+        return fit
+
+    def _known_fit(self, name: str | None) -> Fit:
+        if name is None:  # the latest may change
+            return self._stored.folder.fit()
+        if name not in self._fits:
+            self._fits[name] = self._stored.folder.fit(name)
+        return self._fits[name]
+
+    def _computed(self, layer: int, neurons: Indices, chosen: Indices | None, fit: Fit) -> Scores:
+        images = self._stored.count(chosen)
+        norms, projections = np.empty((2, images, len(neurons)), np.float32)
+        effects = self.effects(layer)
+        for block in blocks(len(neurons), 8 * images * len(effects.heads)):
+            some = neurons[block]
+            factor = factors(effects, some).astype(np.float32)  # (n, R, R)
+            inside = np.matmul(fit.directions(layer)[some][:, None], factor).swapaxes(1, 2)  # (n, R, 1)
+            centred = self.reference_coefficients(layer, some, chosen) - fit.means(layer)[some]  # (N, n, R)
+            turned = np.matmul(centred.swapaxes(0, 1), factor)  # (n, N, R)
+            norms[:, block] = np.linalg.norm(turned, axis=2).T
+            projections[:, block] = np.matmul(turned, inside)[:, :, 0].T
+        return norms, projections
+
+    def _kept(self, layer: int, neurons: Indices, chosen: Indices | None) -> Scores:
+        """The significant scores among NaN."""
+        every = np.arange(self._stored.count(None)) if chosen is None else chosen
+        images, back = np.unique(every, return_inverse=True)
+        columns, back_columns = np.unique(neurons, return_inverse=True)
+        found = np.full((2, len(images), len(columns)), np.nan, np.float32)
+        for block in self._stored.rows(images).blocks():
+            table = self._stored.folder.significant(block.batch, block.shard, layer, columns.tolist())
+            at = np.searchsorted(block.rows, table["row"].to_numpy())
+            known = at < len(block.rows)
+            known[known] = block.rows[at[known]] == table["row"].to_numpy()[known]
+            places = block.places[at[known]], np.searchsorted(columns, table["neuron"].to_numpy()[known])
+            for values, name in zip(found, ("norm", "projection"), strict=True):
+                values[places] = table[name].to_numpy()[known]
+        norms, projections = found[:, back][:, :, back_columns]
+        return norms, projections
+
+    def _need_pairs(self) -> None:
+        if not self._is_resnet:
+            raise ComponentError(f"{self._stored.folder.path} is of a transformer, which has no pairs: ask for neurons")
+
+    def _pair_numbers(self, neurons: Indices, heads: Indices, chosen: Indices | None) -> Floats:
+        self._need_pairs()
+        return self._stored.read("pairs", chosen, (neurons, heads))
+
+    def _pair_rows(self, neurons: Indices, heads: Indices) -> Contributions:
+        reads = self._basis["pair_reads"][np.ix_(neurons, heads)].swapaxes(0, 1)  # (h, n, R)
+        found = np.matmul(reads, self._basis["heads"][0, heads]).swapaxes(0, 1)  # (n, h, D)
+        return np.asarray(found, np.float32)
+
+    def _pool_bias(self, heads: Indices) -> Contributions:
+        """What each pair of some heads gets of the constant, in the references' view. (h, D)"""
+        model = self._stored.manifest.model
+        shared = self._basis["value_biases"][heads] + self._basis["output_bias"] / model.heads
+        return np.asarray(shared / model.neurons, np.float32)
