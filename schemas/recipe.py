@@ -12,7 +12,7 @@ CAPTURES: Final[Mapping[str, str]] = {
     "mlps": "what each MLP adds, and the embedding",
     "cls_to_cls": "what the class token's attention to itself adds, by layer",
     "tokens": "what each head adds from each image token",
-    "neurons": "what each neuron of an MLP adds through the attention of later layers",
+    "neurons": "what each neuron of an MLP adds through the heads of later layers",
     "direct": "what each neuron of an MLP adds through no later layer",
     "pairs": "what each head of a ResNet's attention pool adds from each of its neurons",
 }
@@ -92,8 +92,8 @@ class Recipe:
             if name in LAYERED:
                 layers = self.layers(name, most[name])
                 if not layers or layers[-1] >= most[name]:
-                    where = f"in layers 0 to {most[name] - 1}" if most[name] else "in no layer"
-                    raise PlanError(f"cannot capture {text}: this model has {name} {where}")
+                    where = f"layers 0 to {most[name] - 1} of this model have" if most[name] else "no layer of it has"
+                    raise PlanError(f"cannot capture {text}: {where} such neurons")
                 text = f"{name}:{_written(layers)}"  # noqa: PLW2901
             names.append(text)
         return replace(self, capture=tuple(names))

@@ -3,6 +3,7 @@
 Letters: N images, n neurons, R coefficients of a neuron, h heads, H all heads, D joint space.
 """
 
+import math
 from functools import cached_property
 from typing import Final
 
@@ -76,7 +77,7 @@ class Neurons:
             )
         array = "pairs" if self._is_resnet else coefficients_name(layer)
         read: Floats = self._stored.read(array, chosen, (neurons,))  # (N, n, ...)
-        return read.reshape(*read.shape[:2], -1)
+        return read.reshape(*read.shape[:2], math.prod(read.shape[2:]))
 
     def contributions(
         self, layer: int, neurons: Indices, chosen: Indices | None, *, is_reference: bool

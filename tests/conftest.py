@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from schemas.recipe import Recipe
+from workers.decoding import Decoded, FileFacts
 from workers.ingest import Outcome, run_ingest
 from workers.planning import Request, plan_ingest
 from workers.toyworld.attributes import World
@@ -24,6 +25,52 @@ def golden_vit() -> dict[str, np.ndarray]:
         found = dict(arrays)
     assert len(found["images"]) == 64
     return found
+
+
+@pytest.fixture(scope="session")
+def golden_second_order() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "vit" / "second_order.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def golden_resnet() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "resnet" / "neuron_heads.npz") as arrays:
+        found = dict(arrays)
+    assert len(found["images"]) == 32
+    return found
+
+
+@pytest.fixture(scope="session")
+def golden_vit_store(golden_vit: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that can be captured of the golden transformer's images; tests may add fits."""
+    capture = ["heads", "mlps", "cls_to_cls", "tokens", "neurons:all", "direct:all"]
+    return ingest_inputs(golden_vit["images"], tmp_path_factory.mktemp("golden-vit"), "vit", capture, 8)
+
+
+@pytest.fixture(scope="session")
+def golden_resnet_store(golden_resnet: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pairs of the golden ResNet's images; tests may add fits."""
+    return ingest_inputs(golden_resnet["images"], tmp_path_factory.mktemp("golden-resnet"), "resnet", ["pairs"], 2)
+
+
+def ingest_inputs(inputs: np.ndarray, folder: Path, model: str, capture: list[str], batch_size: int) -> Path:
+    """A store of golden images, which exist as the model's inputs and not as files."""
+    source = folder / "images"
+    source.mkdir()
+    for index in range(len(inputs)):
+        (source / f"{index:02d}").write_text("an input of the golden data")
+
+    def decoded(path: bytes, _: object) -> Decoded:
+        index = int(Path(path.decode()).name)
+        return Decoded(FileFacts(f"{index:064x}", 1, "golden", 32, 32), torch.from_numpy(inputs[index]))
+
+    recipe = Recipe.of(capture, dtype="float32", precision="fp32")
+    request = Request(source, folder / "store", str(GOLDEN / model), None, "default", recipe, "cpu", batch_size, 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.ingest.decode_file", decoded)
+        Ingest(request)()
+    return folder / "store"
 
 
 @pytest.fixture(scope="session")

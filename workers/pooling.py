@@ -176,6 +176,6 @@ def _static(weight: Tensor) -> Tensor:
 
 
 def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What a LayerNorm subtracts, and what it multiplies by."""
-    variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
-    return mean, torch.rsqrt(variance + eps)
+    """What a LayerNorm subtracts, and what it multiplies by. (..., W) -> (...) each"""
+    _, mean, scale = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)  # ten times `var_mean`'s speed
+    return mean[..., 0], scale[..., 0]

@@ -1,8 +1,8 @@
 """Decomposition of open_clip's `ModifiedResNet` into pairs of neurons and pooling heads (Bu and Gandelsman, 2025).
 
 The representation is what an attention pool reads of the last feature map, whose channels are the neurons. Only its
-mean token asks, so the pool needs no key and no value of any token: a head weighs the tokens once, and what it then
-reads of each neuron, ``s = sum_i a_i z_i``, is both the pair's only coefficient and all that the output needs.
+mean token asks, and the values of tokens are not needed: a head weighs the tokens once, and what it then reads of each
+neuron, ``s = sum_i a_i z_i``, is both the pair's only coefficient and all that the output needs.
 
 Letters: B images, T tokens, C neurons (channels), H heads, E head width, D joint space, R coefficients of a head (the
 smaller of E and D).
@@ -83,10 +83,11 @@ class _Pool(nn.Module):
             spots = x.float().flatten(2).mT  # (B, T - 1, C)
             tokens = torch.cat([spots.mean(dim=1, keepdim=True), spots], dim=1) + pool.positional_embedding  # (B, T, C)
             query = pool.q_proj(tokens[:, 0]).unflatten(1, (heads, -1))  # (B, H, E)
-            # q . (W_K z + b_K) = (q W_K) . z + const, and a softmax over tokens does not see the constant.
-            keys = pool.k_proj.weight.unflatten(0, (heads, -1))  # (H, E, C)
-            asked = torch.einsum("bhe,hec->bhc", query, keys) * query.shape[2] ** -0.5  # (B, H, C)
-            attention = torch.softmax(asked @ tokens.mT, dim=2)  # (B, H, T)
+            # Asking the tokens by `q W_K` would spare the keys, but in another order of sums: where logits reach
+            # hundreds, the attention would differ from the model's own by more than its rounding.
+            keys = pool.k_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, T, E)
+            logits = (query[:, :, None] @ keys.mT)[:, :, 0] * query.shape[2] ** -0.5  # (B, H, T)
+            attention = torch.softmax(logits, dim=2)  # (B, H, T)
             self.read = attention @ tokens  # (B, H, C)
             values = pool.v_proj.weight.unflatten(0, (heads, -1))  # (H, E, C)
             heard = torch.einsum("bhc,hec->bhe", self.read, values).flatten(1) + pool.v_proj.bias  # (B, C)

@@ -1,9 +1,10 @@
 """Scores of neurons while their coefficients are in hand: two numbers per image and neuron, by a fit made before.
 
-Letters: B images, N neurons, R coefficients of a neuron, P captured layers.
+Letters: B images, T tokens, N neurons, n some of them, R coefficients of a neuron.
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from schemas.manifest import Sizes
 from schemas.recipe import Recipe
 from workers.effects import effects_of, factors
 
+_CPU_BLOCK_BYTES: Final = 4 * 1024**2  # of coefficients: they stay in the cache from the product to the norm
+_GPU_BLOCK_BYTES: Final = 512 * 1024**2
+
 
 class Scorer:
     """Centred norms, and projections on the neurons' directions, in the references' view."""
@@ -22,6 +26,7 @@ class Scorer:
     def __init__(
         self, sizes: Sizes, recipe: Recipe, basis: Mapping[str, NDArray[np.float32]], fit: Fit, device: torch.device
     ) -> None:
+        self._block_bytes = _CPU_BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
         self._means: dict[int, Tensor] = {}  # (N, R) each
         self._factors: dict[int, Tensor] = {}  # (N, R, R) each
         self._directions: dict[int, Tensor] = {}  # (N, R, 1) each, in the factors' coordinates: unit vectors
@@ -32,17 +37,25 @@ class Scorer:
             self._factors[layer] = torch.from_numpy(factor).float().to(device)
             self._directions[layer] = torch.from_numpy(inside).float().to(device)
 
-    def score(self, layer: int, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, layer: int, activations: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """Norm and projection of what each neuron adds beyond its mean.
 
         Args:
             layer: whose neurons.
-            coefficients: in the references' view, (B, N, R).
+            activations: of the neurons at the tokens, (B, T, N).
+            read: what the rows weigh the tokens by, in the references' view, (B, R, T).
 
         Returns:
             Two tensors (B, N).
         """
-        centred = (coefficients - self._means[layer]).transpose(0, 1)  # (N, B, R)
-        turned = torch.bmm(centred, self._factors[layer])  # (N, B, R)
-        projections = torch.bmm(turned, self._directions[layer])[:, :, 0]  # (N, B)
-        return turned.norm(dim=2).T, projections.T
+        batch, _, neurons = activations.shape
+        norms, projections = read.new_empty(2, batch, neurons)
+        size = max(1, self._block_bytes // (4 * batch * read.shape[1]))
+        for start in range(0, neurons, size):
+            some = slice(start, start + size)
+            centred = activations[:, :, some].float().mT @ read.mT  # (B, n, R)
+            centred -= self._means[layer][some]
+            turned = torch.bmm(centred.transpose(0, 1), self._factors[layer][some])  # (n, B, R)
+            norms[:, some] = torch.linalg.vector_norm(turned, dim=2).T
+            projections[:, some] = torch.bmm(turned, self._directions[layer][some])[:, :, 0].T
+        return norms, projections

@@ -146,10 +146,11 @@ class VitDecomposition:
         scores = []
         for layer in self.recipe.layers("neurons"):
             read = torch.cat([rows[later] for later in range(layer + 1, self.sizes.layers)], dim=1)  # (B, L' H, T)
-            coefficients = trace.activations.pop(layer).float().mT @ read.mT  # (B, N, L' H)
+            activations = trace.activations.pop(layer)  # (B, T, N)
             if self._scorer is not None:
-                scores.append(self._scorer.score(layer, coefficients))
+                scores.append(self._scorer.score(layer, activations, read))
             else:
+                coefficients = activations.float().mT @ read.mT  # (B, N, L' H)
                 found[coefficients_name(layer)] = coefficients.unflatten(2, (-1, self.sizes.heads))
         if scores:
             found["neuron_norms"] = torch.stack([norms for norms, _ in scores], dim=1)  # (B, P, N)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from schemas.errors import PlanError
-from schemas.layout import array_specs, check_batch_name, create_array, image_bytes, shard_images
+from schemas.layout import ArraySpec, array_specs, check_batch_name, create_array, image_bytes, shard_images
 from schemas.manifest import Batch, Model
 from schemas.recipe import Recipe
 
@@ -17,13 +19,39 @@ def model(**changes: int) -> Model:
     return Model(family="vit", name="m", pretrained=None, fingerprint="f", config={}, preprocessing={}, **sizes)
 
 
-def recipe(*capture: str) -> Recipe:
-    return Recipe.of(capture, dtype="float16", precision="fp32")
+def recipe(*capture: str, level: str = "coefficients") -> Recipe:
+    return Recipe.of(capture, dtype="float16", precision="fp32", level=level)
 
 
 def test_heads_take_a_sixteenth_of_the_dense_float32_of_the_references() -> None:
     heads = next(spec for spec in array_specs(model(), recipe("heads")) if spec.name == "heads")
     assert heads.image_bytes * 16 == 12 * 12 * 512 * 4
+
+
+def test_neurons_and_pairs_take_what_was_promised_of_the_dense_float32() -> None:
+    dense = 3072 * 512 * 4
+    assert named("neurons:9", "neurons_9").image_bytes * 42 < dense
+    scores = array_specs(model(), recipe("neurons:9", level="scores"))
+    assert sum(spec.image_bytes for spec in scores if spec.name.startswith("neuron")) * 512 == dense
+    rn50 = replace(model(layers=1, heads=32, dim=1024, neurons=2048), family="resnet")
+    pairs = next(spec for spec in array_specs(rn50, recipe("pairs")) if spec.name == "pairs")
+    assert pairs.image_bytes * 2048 == 2048 * 32 * 1024 * 4
+
+
+def named(capture: str, name: str) -> ArraySpec:
+    return next(spec for spec in array_specs(model(), recipe(capture)) if spec.name == name)
+
+
+@pytest.mark.parametrize("images", [54, 1500, 4096])
+@pytest.mark.parametrize("layer", [0, 5, 10])
+def test_a_neuron_lies_in_chunks_that_are_neither_small_nor_wasteful(layer: int, images: int) -> None:
+    spec = named(f"neurons:{layer}", f"neurons_{layer}")
+    size = shard_images((spec,), images, images)
+    array = create_array(MemoryStore(), spec.name, spec, Batch("s", images, size, "", ""))
+    assert array.shards[1:] == spec.shape
+    chunk = np.prod(array.chunks) * 2
+    assert 32 * 1024 <= chunk <= 600 * 1024
+    assert array.chunks[1] <= 256, "one neuron is read at a time"
 
 
 @given(wanted=st.one_of(st.none(), st.integers(1, 10_000)), images=st.integers(1, 10_000))

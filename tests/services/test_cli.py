@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, how it ends, and no traceback for a mistake."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_verify_of_a_damaged_store_names_the_file_and_fails(run: Run, scenes: Pa
     assert err.startswith("error: ")
 
 
+def test_fit_says_what_it_learnt_and_scores_follow_from_it(run: Run, scenes: Path, tmp_path: Path) -> None:
+    whole, scores = tmp_path / "whole", tmp_path / "scores"
+    code, out, _ = run("ingest", scenes, whole, *VIT, "--capture", "neurons:all")
+    assert code == 0
+    assert "capture  neurons:0-2 as float16" in out
+    assert "neurons  kept as coefficients; the choices, in bytes per image, all else included: coefficients" in out
+    code, out, _ = run("fit", whole, "--top-k", 5)
+    assert code == 0
+    assert re.search(r"fit [0-9a-f]{12} of 40 images, the 5 largest of each neuron counted", out)
+    code, out, _ = run(
+        "ingest", scenes, scores, *VIT, "--capture", "neurons:1", "--neurons", "significant", "--fit", whole
+    )
+    assert code == 0
+    code, out, _ = run("info", scores)
+    assert "neurons  significant: " in out
+    assert re.search(r"fit [0-9a-f]{12} of 40 images", out)
+    assert run("verify", scores)[0] == 0
+    code, _, err = run("fit", scores)
+    assert code == 1
+    assert "fit a store that keeps coefficients" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,7 +109,15 @@ def test_verify_of_a_damaged_store_names_the_file_and_fails(run: Run, scenes: Pa
             "cannot capture heads of a ResNet: capture pairs",
         ),
         (("ingest", "SCENES", "STORE", *VIT, "--capture", "heads,souls"), "cannot capture souls"),
+        (
+            ("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:3"),
+            "layers 0 to 2 of this model have",
+        ),
+        (("ingest", "SCENES", "STORE", *VIT, "--capture", "pairs"), "cannot capture pairs of a transformer"),
+        (("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:1", "--neurons", "scores"), "only by a fit"),
+        (("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:1", "--fit", "nowhere"), "leave out --fit"),
         (("ingest", "SCENES", "STORE", *VIT, "--batch", "a/b"), "cannot name a batch"),
+        (("fit", "nowhere"), "does not exist, so it is no store"),
         (("ingest", "SCENES", "SCENES/inner", *VIT), "lies inside the source"),
         (("ingest", "SCENES", GOLDEN / "README.md", *VIT), "a store is a folder"),
         (("info", "nowhere"), "does not exist, so it is no store"),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import LocalStore
@@ -14,7 +13,6 @@ import spectrograph
 from schemas.errors import ComponentError, DamagedStoreError, SelectionError
 from services.store import Store, open_store
 from tests.conftest import Ingest
-from workers.decoding import Decoded, FileFacts
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +20,9 @@ def store(full_store: Path) -> Store:
     return open_store(full_store)
 
 
-@pytest.fixture
-def golden_store(
-    ingest: Ingest, golden_vit: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Store:
-    """A store of the golden images, which exist as the model's inputs and not as files."""
-    source = tmp_path / "golden"
-    source.mkdir()
-    for index in range(64):
-        (source / f"{index:02d}").write_text("an input of the golden data")
-
-    def decoded(path: bytes, _: object) -> Decoded:
-        pixels = torch.from_numpy(golden_vit["images"][int(Path(path.decode()).name)])
-        return Decoded(FileFacts("0" * 64, 1, "golden", 32, 32), pixels)
-
-    monkeypatch.setattr("workers.ingest.decode_file", decoded)
-    capture = type(ingest.request.recipe).of(
-        ["heads", "mlps", "cls_to_cls", "tokens"], dtype="float32", precision="fp32"
-    )
-    ingest(source=source, recipe=capture)
-    return open_store(ingest.request.store)
+@pytest.fixture(scope="module")
+def golden_store(golden_vit_store: Path) -> Store:
+    return open_store(golden_vit_store)
 
 
 def test_the_reference_view_is_that_of_the_papers_code(golden_store: Store, golden_vit: dict[str, np.ndarray]) -> None:
