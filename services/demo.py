@@ -15,22 +15,24 @@ from rich.table import Table
 from schemas.components import Component
 from schemas.errors import DamagedStoreError, PlanError
 from schemas.recipe import Recipe
-from services.demo_page import write_page
-from services.roles import Retrieval, Task, ablation_losses, best_retrieval
+from services.demo_page import Findings, write_page
+from services.roles import Retrieval, Selective, Task, ablation_losses, best_retrieval, most_selective
 from services.store import open_store
-from services.terminal import ingest_and_show, verify_and_show
+from services.terminal import fit_and_show, ingest_and_show, verify_and_show
 from workers.models import load_model
 from workers.staging import refusals
 from workers.toyworld.attributes import VALUES, World, prompts
 from workers.toyworld.scenes import scene
 
 MODEL: Final = "toy-vit"
+PAIRS_MODEL: Final = "toy-resnet"
 NEIGHBOURS: Final = 8
+SELECTIVE: Final = 3
 _SEED: Final = 7  # scenes that no model was trained on
 
 
 def run_demo(console: Console, folder: Path, count: int) -> None:
-    """Draws ``count`` scenes, ingests and verifies them, and shows what each head is for.
+    """Draws ``count`` scenes, ingests and verifies them, and shows what heads, neurons and pairs are for.
 
     Raises:
         PlanError: the folder holds something else, or there are too few scenes to say anything.
@@ -38,28 +40,36 @@ def run_demo(console: Console, folder: Path, count: int) -> None:
     started = time.monotonic()
     if count < 100:
         raise PlanError(f"{count} scenes are too few to say anything: draw at least 100")
-    images, place = folder / "images", folder / "store"
+    images, place, pairs = folder / "images", folder / "store", folder / "pairs"
     _check_folder(folder, count)
     _draw(console, images, count)
-    console.print(f"\n$ spectrograph ingest {images} {place} --model {MODEL}", style="bold")
-    recipe = Recipe.of(["heads", "mlps"], dtype="float16", precision="fp32")
+    for store, model, capture in ((place, MODEL, ["heads", "mlps", "neurons:all"]), (pairs, PAIRS_MODEL, ["pairs"])):
+        _ingest(console, images, store, model, capture)
+        top_k = count // 50
+        console.print(f"\n$ spectrograph fit {store} --top-k {top_k}", style="bold")
+        fit_and_show(console, store, count, top_k)
+    _show_findings(console, folder, place, pairs)
+    console.print(f"\ndone in {time.monotonic() - started:.0f} s; look at {folder / 'index.html'}")
+
+
+def _ingest(console: Console, images: Path, store: Path, model: str, capture: list[str]) -> None:
+    command = f"spectrograph ingest {images} {store} --model {model} --capture {','.join(capture)}"
+    console.print(f"\n$ {command}", style="bold")
     ingest_and_show(
         console,
         images,
-        place,
-        recipe,
-        model=MODEL,
+        store,
+        Recipe.of(capture, dtype="float16", precision="fp32"),
+        model=model,
         pretrained=None,
         batch="default",
         device="auto",
         batch_size=32,
         shard_images=None,
     )
-    console.print(f"\n$ spectrograph verify {place}", style="bold")
-    if not verify_and_show(console, place, 16, "cpu"):
-        raise DamagedStoreError(f"{place} is damaged: remove {folder} and run the demo again")
-    _show_findings(console, folder, place)
-    console.print(f"\ndone in {time.monotonic() - started:.0f} s; look at {folder / 'index.html'}")
+    console.print(f"\n$ spectrograph verify {store}", style="bold")
+    if not verify_and_show(console, store, 16, "cpu"):
+        raise DamagedStoreError(f"{store} is damaged: remove it and run the demo again")
 
 
 def _check_folder(folder: Path, count: int) -> None:
@@ -93,20 +103,28 @@ def _draw(console: Console, images: Path, count: int) -> None:
     console.print(f"drew {count} scenes of {', '.join(VALUES)} into {images}")
 
 
-def _show_findings(console: Console, folder: Path, place: Path) -> None:
-    store = open_store(place)
+def _show_findings(console: Console, folder: Path, place: Path, pairs: Path) -> None:
+    store, resnet = open_store(place), open_store(pairs)
     model = load_model(MODEL)
     table = store.images()
-    tasks = [
-        Task(name, model.encode_texts(list(prompts(name).values())), _truth(table, name))
-        for name in ("shape", "colour", "background")
-    ]
+    other = load_model(PAIRS_MODEL)
+    tasks, pair_tasks = (
+        [
+            Task(name, encoder.encode_texts(list(prompts(name).values())), _truth(table, name))
+            for name in ("shape", "colour", "background")
+        ]
+        for encoder in (model, other)
+    )
     whole = store.representation()
     losses = ablation_losses(store, tasks)
     retrievals = {task.name: best_retrieval(store, task.truth, NEIGHBOURS) for task in tasks}
-    console.print("\nWhat the store knows", style="bold")
+    console.print("\nWhat the store knows of heads and MLPs", style="bold")
     console.print(_findings(whole, tasks, losses, retrievals))
-    write_page(folder, store, tasks, losses, retrievals)
+    selective = {task.name: most_selective(store, task, SELECTIVE) for task in tasks}
+    selective_pairs = {task.name: most_selective(resnet, task, SELECTIVE) for task in pair_tasks}
+    console.print("\nWhat single neurons and pairs are significant for", style="bold")
+    console.print(_selective(tasks, selective, selective_pairs))
+    write_page(folder, store, tasks, Findings(losses, retrievals, selective, selective_pairs))
 
 
 def _truth(table: pa.Table, name: str) -> np.ndarray:
@@ -130,4 +148,14 @@ def _findings(
             f"{worst}: {loss:.1%}",
             f"{found.head}: {found.precision:.0%} share it",
         )
+    return table
+
+
+def _selective(tasks: list[Task], neurons: dict[str, list[Selective]], pairs: dict[str, list[Selective]]) -> Table:
+    table = Table("attribute", "component", "its significant images", "the text along its direction", box=None)
+    for task in tasks:
+        values = VALUES[task.name]
+        for one in (*neurons[task.name][:1], *pairs[task.name][:1]):
+            shared = f"{one.share:.0%} of {len(one.images)} are {values[one.value]}"
+            table.add_row(task.name, str(one.component), shared, values[one.named])
     return table

@@ -25,6 +25,7 @@ from services.reading import Indices
 from services.stored import StoredImages
 from workers.effects import blocks, factors
 
+_BELOW: Final = 1 - 1e-5  # thresholds lie just below the image that makes them: single precision finds it again
 _SEED: Final = 0  # of the sample: the same images every time
 
 Doubles = NDArray[np.float64]
@@ -64,7 +65,7 @@ def fit_neurons(coefficients: Doubles, factor: Doubles, top_k: int) -> NeuronFit
     return NeuronFit(
         means=means,
         directions=directions * _majority(along)[:, None],
-        thresholds=np.take_along_axis(norms, top[:, :, 0], 1).min(axis=1),
+        thresholds=np.take_along_axis(norms, top[:, :, 0], 1).min(axis=1) * _BELOW,
         explained=np.divide(first, total, where=some, out=np.zeros_like(first)),
     )
 
@@ -140,7 +141,7 @@ def _fit_pairs(
         top = np.argpartition(np.abs(centred), -top_k, axis=0)[-top_k:]  # (k, n, H)
         largest = np.take_along_axis(centred, top, 0)  # (k, n, H)
         lengths = np.linalg.norm(effects.inside(some), axis=2)  # (n, H)
-        thresholds[some] = np.abs(largest).min(axis=0) * lengths
+        thresholds[some] = np.abs(largest).min(axis=0) * lengths * _BELOW
         signs[some] = _majority(np.moveaxis(largest, 0, 2))
     return {"pair_means": means, "pair_thresholds": thresholds, "pair_signs": signs}
 

@@ -22,7 +22,12 @@ from workers.effects import PERCENT, Effects, blocks, effects_of, factors, rows
 
 Scores = tuple[Contributions, Contributions]  # norms and projections
 
-_FOUND: Final = pa.schema([pa.field("image_id", pa.string()), *(f for f in SIGNIFICANT_COLUMNS if f.name != "row")])
+_SCORES: Final = [SIGNIFICANT_COLUMNS.field(name) for name in ("norm", "projection")]
+_NEURON: Final = [SIGNIFICANT_COLUMNS.field(name) for name in ("layer", "neuron")]
+_FOUND: Final = pa.schema([pa.field("image_id", pa.string()), *_NEURON, *_SCORES])
+_FOUND_PAIRS: Final = pa.schema(
+    [pa.field("image_id", pa.string()), _NEURON[1], pa.field("head", pa.int16(), nullable=False), *_SCORES]
+)
 
 
 class Neurons:
@@ -135,20 +140,42 @@ class Neurons:
         """One row per image and neuron over its threshold, by neuron and falling norm."""
         images = self._stored.stored[0]["image_id"]
         thresholds = self._fit(fit, layer).thresholds(layer)
+        if self._stored.manifest.recipe.level == "scores":  # what was rounded is compared with what is rounded alike
+            thresholds = thresholds.astype(self._stored.manifest.recipe.dtype)
         tables = [_FOUND.empty_table()]
-        each = 8 * max(1, self._stored.count(None))
-        for block in blocks(len(neurons), each):
-            norms, projections = self.scores(layer, neurons[block], None, fit)  # (N, n)
-            image, at = np.nonzero(norms >= thresholds[neurons[block]])
+        for block in blocks(len(neurons), 8 * max(1, self._stored.count(None))):
+            some = neurons[block]
+            norms, projections = self.scores(layer, some, None, fit)  # (N, n)
+            image, at = np.nonzero(norms >= thresholds[some])
             columns = {
                 "image_id": images.take(pa.array(image)),
                 "layer": np.full(len(at), layer, np.int16),
-                "neuron": neurons[block][at].astype(np.int32),
+                "neuron": some[at].astype(np.int32),
                 "norm": norms[image, at],
                 "projection": projections[image, at],
             }
             tables.append(pa.table(columns, schema=_FOUND))
         return pa.concat_tables(tables).sort_by([("neuron", "ascending"), ("norm", "descending")])
+
+    def significant_pairs(self, neurons: Indices, heads: Indices, fit: str | None) -> pa.Table:
+        """One row per image and pair over its threshold, by pair and falling norm."""
+        self._need_pairs()
+        images = self._stored.stored[0]["image_id"]
+        thresholds = self._fit(fit, 0).arrays["pair_thresholds"][np.ix_(neurons, heads)]  # (n, h)
+        tables = [_FOUND_PAIRS.empty_table()]
+        for block in blocks(len(neurons), 8 * len(heads) * max(1, self._stored.count(None))):
+            norms, projections = self.pair_scores(neurons[block], heads, None, fit)  # (N, n, h)
+            image, at, head = np.nonzero(norms >= thresholds[block])
+            columns = {
+                "image_id": images.take(pa.array(image)),
+                "neuron": neurons[block][at].astype(np.int32),
+                "head": heads[head].astype(np.int16),
+                "norm": norms[image, at, head],
+                "projection": projections[image, at, head],
+            }
+            tables.append(pa.table(columns, schema=_FOUND_PAIRS))
+        order = [("neuron", "ascending"), ("head", "ascending"), ("norm", "descending")]
+        return pa.concat_tables(tables).sort_by(order)
 
     def pairs(self, neurons: Indices, heads: Indices, chosen: Indices | None, *, is_reference: bool) -> Contributions:
         """What pairs add. (N, n, h, D)"""

@@ -1,14 +1,16 @@
-"""What a component is for, asked of labelled images: what is lost without it, and what is alike in its eyes.
+"""What a component is for, asked of labelled images: what is lost without it, what is alike in its eyes, what it is on.
 
 Letters: N images, D joint space, K classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas.components import Component, Constant, Head
+from schemas.components import Component, Constant, Head, Neuron, Pair
 from services.contributions import Contributions
 from services.store import Store
 
@@ -75,3 +77,58 @@ def best_retrieval(store: Store, truth: NDArray[np.intp], count: int) -> Retriev
             neighbours = nearest(store.contribution(component), count)
             found.append(Retrieval(component, float((truth[neighbours] == truth[:, None]).mean()), neighbours))
     return max(found, key=lambda retrieval: retrieval.precision)
+
+
+@dataclass(frozen=True)
+class Selective:
+    """A neuron or pair, and what the images in which it is significant have in common."""
+
+    component: Neuron | Pair
+    value: int  # the class that most of them share
+    share: float  # of them
+    named: int  # the class whose text lies the most along its direction
+    images: NDArray[np.intp]  # places in `store.images()`, of the largest norm first
+
+
+def most_selective(store: Store, task: Task, count: int) -> list[Selective]:
+    """The neurons, or pairs of a ResNet, whose significant images agree the most on a class; the stronger ones first.
+
+    Args:
+        store: with a fit.
+        task: whose classes.
+        count: how many to return.
+    """
+    places = {name: place for place, name in enumerate(store.images()["image_id"].to_pylist())}
+    texts = task.texts - task.texts.mean(axis=0)  # (K, D)
+    found = []
+    for table, directions in _significant(store):
+        image = np.array([places[name] for name in table["image_id"].to_pylist()], np.intp)
+        ids = np.stack([table[name].to_numpy() for name in table.column_names[1:3]], axis=1).astype(int)
+        starts = np.flatnonzero(np.any(np.diff(ids, axis=0, prepend=-1), axis=1))
+        norms = table["norm"].to_numpy()
+        kind = Pair if "head" in table.column_names else Neuron
+        for first, last in zip(starts, [*starts[1:], len(ids)], strict=True):
+            classes = np.bincount(task.truth[image[first:last]], minlength=len(task.texts))
+            named = int((texts @ directions[tuple(ids[first])]).argmax())
+            one = Selective(
+                kind(*ids[first].tolist()),
+                int(classes.argmax()),
+                float(classes.max() / classes.sum()),
+                named,
+                image[first:last],
+            )
+            found.append((one, float(norms[first:last].mean())))
+    found.sort(key=lambda pair: (-pair[0].share, -pair[1]))
+    return [one for one, _ in found[:count]]
+
+
+def _significant(store: Store) -> Iterator[tuple[pa.Table, dict[tuple[int, ...], Contributions]]]:
+    """Significant images and directions, of one layer after the other, or of all pairs."""
+    model = store.manifest.model
+    if model.family == "resnet":
+        vectors = store.directions(head=slice(None))  # (n, H, D)
+        yield store.significant(head=slice(None)), {pair: vectors[pair] for pair in np.ndindex(vectors.shape[:2])}
+        return
+    for layer in store.fit().layers:
+        vectors = store.directions(layer)  # (n, D)
+        yield store.significant(layer), {(layer, at): vector for at, vector in enumerate(vectors)}

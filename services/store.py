@@ -261,13 +261,17 @@ class Store:
         found = self._neurons.pair_directions(which, self._heads(head), fit)[None]  # (1, n, h, D)
         return np.asarray(squeeze(found, neuron, head)[0])
 
-    def significant(self, layer: int | None = None, neuron: Index = None, *, fit: str | None = None) -> pa.Table:
+    def significant(
+        self, layer: int | None = None, neuron: Index = None, *, head: Index = None, fit: str | None = None
+    ) -> pa.Table:
         """The images in which neurons are significant: image_id, layer, neuron, norm, projection; the largest first.
 
-        Raises as `neurons` does.
+        ``head``, a number or ``slice(None)``, asks for pairs: head in place of layer. Raises as `neurons` does.
         """
         which = positions(neuron, self.manifest.model.neurons, "neuron")
-        return self._neurons.significant(self._neurons.layer(layer), which, fit)
+        if head is None:
+            return self._neurons.significant(self._neurons.layer(layer), which, fit)
+        return self._neurons.significant_pairs(which, self._heads(head), fit)
 
     def fits(self) -> list[str]:
         """The names of the fits, the latest last."""

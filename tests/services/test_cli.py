@@ -180,10 +180,12 @@ def test_the_demo_says_what_it_found_and_draws_it(run: Run, tmp_path: Path) -> N
     assert "seen 300 = stored 300 + failed 0" in out
     assert "all is well" in out
     for attribute in ("shape", "colour", "background"):
-        assert f"\n{attribute} " in out.replace("\n ", "\n")
+        assert out.replace("\n ", "\n").count(f"\n{attribute} ") == 3
+    assert "neuron:" in out
+    assert "pair:" in out
     page = (tmp_path / "demo" / "index.html").read_text()
     sources = [part.split('"')[0] for part in page.split('src="')[1:]]
-    assert len(sources) == 3 * 5 * 9
+    assert len(sources) == 3 * 5 * 9 + 2 * 3 * 3 * 6
     assert all((tmp_path / "demo" / source).is_file() for source in sources)
     code, out, _ = run("demo", tmp_path / "demo", "--images", 300)
     assert code == 0
