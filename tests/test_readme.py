@@ -2,13 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from schemas.layout import BASIS, BATCHES, IMAGES, record_path
+from schemas.layout import BASIS, BATCHES, FITS, IMAGES, record_path, significant_path
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -22,7 +23,8 @@ def test_its_commands_and_its_python_run(tmp_path: Path) -> None:
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert commands[0] == "spectrograph demo"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for command in [*commands, *(f"{sys.executable} -W error -c '{code}'" for code in blocks("python"))]:
+    programs = (f"{sys.executable} -W error -c {shlex.quote(code)}" for code in blocks("python"))
+    for command in [*commands, *programs]:
         found = subprocess.run(
             command,
             shell=True,
@@ -44,7 +46,7 @@ def test_the_targets_it_names_exist() -> None:
 
 def test_the_layout_it_shows_is_the_layout(full_store: Path) -> None:
     shown = next(block for block in blocks("text") if "zarr.json" in block)
-    for name in (BASIS, BATCHES, IMAGES, str(record_path("monday", 0))):
+    for name in (BASIS, BATCHES, IMAGES, FITS, str(record_path("monday", 0)), str(significant_path("monday", 0))):
         assert name in shown
     assert sorted(entry.name for entry in (full_store / BATCHES / "default").iterdir() if entry.is_dir()) == sorted(
         ["heads", "mlps", "embedding", "representation", "constants", "tokens", "cls_to_cls"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import capture, footprint, throughput
+from tests.bench import capture, footprint, neurons, throughput
 from tests.bench.table import Row, render
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -25,12 +25,13 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the tables in RESULTS.md")
-    parser.add_argument("--only", choices=["capture", "throughput", "footprint"])
+    parser.add_argument("--only", choices=["capture", "throughput", "footprint", "neurons"])
     args = parser.parse_args()
     parts: dict[str, Callable[[Path], list[Row]]] = {
         "capture": capture.measure,
         "throughput": throughput.measure,
         "footprint": footprint.measure,
+        "neurons": neurons.measure,
     }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ from pathlib import Path
 import open_clip
 import torch
 
+from schemas.recipe import Recipe
 from tests.bench.pairs import time_pairs
 from tests.bench.table import Row
 from workers.vit import VitDecomposition
@@ -18,7 +19,7 @@ def measure(_: Path) -> list[Row]:
     promises = [(("heads", "mlps"), 1.10), (("heads", "mlps", "cls_to_cls", "tokens"), None)]
     rows = []
     for captured, most in promises:
-        decomposition = VitDecomposition(deepcopy(model.visual), captured)
+        decomposition = VitDecomposition(deepcopy(model.visual), Recipe.of(captured, dtype="float16", precision="fp32"))
 
         @torch.no_grad()
         def plain() -> torch.Tensor:

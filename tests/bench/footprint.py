@@ -11,7 +11,7 @@ import torch
 from schemas.store import StoreFolder
 from services.store import open_store
 from tests.bench.table import Row
-from tests.bench.throughput import Silent, draw, random_vit_b_32, request
+from tests.bench.throughput import Silent, draw, random_model, request
 from workers.decoding import decode_file
 from workers.ingest import run_ingest
 from workers.planning import plan_ingest
@@ -24,7 +24,7 @@ def measure(folder: Path) -> list[Row]:
 
 
 def _disk(folder: Path) -> list[Row]:
-    model = random_vit_b_32(folder / "vit-b-32")
+    model = random_model(folder, "ViT-B-32")
     source = draw(folder / f"scenes-{IMAGES}", IMAGES)
     rows = []
     for dtype, most in (("float16", 1e-3), ("float32", 1e-6)):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -37,25 +38,26 @@ def draw(folder: Path, count: int) -> Path:
     return folder
 
 
-def random_vit_b_32(folder: Path) -> str:
-    """An untrained ViT-B/32 in a folder: its speed is that of a trained one."""
-    if not folder.exists():
-        folder.mkdir()
+def random_model(folder: Path, name: str) -> str:
+    """An untrained model in a folder of its own: its speed is that of a trained one."""
+    place = folder / f"model-{name}"
+    if not place.exists():
+        place.mkdir()
         torch.manual_seed(0)
-        model = open_clip.create_model("ViT-B-32", load_weights=False, pretrained_text=False)
-        config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        save_file(model.state_dict(), folder / "model.safetensors")
-    return str(folder)
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": {}}
+        (place / "open_clip_config.json").write_text(json.dumps(config))
+        save_file(model.state_dict(), place / "model.safetensors")
+    return str(place)
 
 
-def request(source: Path, store: Path, model: str, dtype: str = "float16") -> Request:
+def request(source: Path, store: Path, model: str, dtype: str = "float16", **changes: object) -> Request:
     recipe = Recipe.of(["heads", "mlps"], dtype=dtype, precision="fp32")
-    return Request(source, store, model, None, "default", recipe, "cpu", BATCH, None)
+    return replace(Request(source, store, model, None, "default", recipe, "cpu", BATCH, None), **changes)
 
 
 def measure(folder: Path) -> list[Row]:
-    cases = [("toy ViT", "toy-vit", 2000, 5), ("ViT-B/32", random_vit_b_32(folder / "vit-b-32"), 192, 3)]
+    cases = [("toy ViT", "toy-vit", 2000, 5), ("ViT-B/32", random_model(folder, "ViT-B-32"), 192, 3)]
     return [_case(folder, *case) for case in cases]
 
 
