@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.layout import StaticSpec
-from schemas.manifest import KEY, typed
+from schemas.manifest import KEY, Sizes, typed
+from schemas.recipe import Recipe
 
 _NAME_LENGTH: Final = 12
 
@@ -60,6 +61,17 @@ class Fit:
             found += [StaticSpec(name, ("neuron", "head"), (self.neurons, self.heads)) for name in names]
         return found
 
+    def lacks(self, recipe: Recipe, sizes: Sizes) -> str | None:
+        """What of a capture this fit cannot score, in words; nothing if it can."""
+        missing = [layer for layer in recipe.layers("neurons") if layer not in self.layers]
+        if missing:
+            return f"no layer {missing[0]}: it has {', '.join(map(str, self.layers))}"
+        for layer, count in zip(self.layers, self.coefficients, strict=True):
+            rows = sizes.heads if sizes.family == "resnet" else (sizes.layers - 1 - layer) * sizes.heads
+            if (self.neurons, count) != (sizes.neurons, rows):
+                return f"other sizes than the model: {self.neurons} neurons of {count} coefficients in layer {layer}"
+        return None
+
     def means(self, layer: int) -> NDArray[np.float32]:
         """Coefficients of the mean contributions of one layer's neurons. (N, R)"""
         return self.arrays[f"means_{layer}"]
@@ -96,10 +108,11 @@ class Fit:
             if isinstance(found, list) == (name == "heads") or not all(_is_count(number) for number in numbers):
                 raise ValueError(f"{name!r} is {found!r}")
             values[name] = found if name == "heads" else tuple(found)
-        if not values["layers"] or len(values["layers"]) != len(values["coefficients"]):
-            raise ValueError(f"'layers' is {values['layers']!r}")
+        layers = values["layers"]
+        if not layers or len(layers) != len(values["coefficients"]) or list(layers) != sorted(set(layers)):
+            raise ValueError(f"'layers' is {layers!r}")
         return cls(**values)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

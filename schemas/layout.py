@@ -154,6 +154,11 @@ def image_bytes(specs: tuple[ArraySpec, ...]) -> int:
     return sum(spec.image_bytes for spec in specs)
 
 
+def dense_specs(model: Sizes, recipe: Recipe) -> tuple[ArraySpec, ...]:
+    """The arrays by which shards are sized: significant scores may be all scores, in images unlike the fit's sample."""
+    return array_specs(model, replace(recipe, level="scores") if recipe.level == "significant" else recipe)
+
+
 def shard_images(specs: tuple[ArraySpec, ...], wanted: int | None, images: int) -> int:
     """How many images a shard of a batch holds: what was ``wanted``, or as many as fit 256 MiB.
 

@@ -8,13 +8,14 @@ from schemas.recipe import Recipe
 
 FORMAT: Final = 2
 KEY: Final = "spectrograph"
+FAMILIES: Final = ("vit", "resnet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What of an image encoder decides the shapes of a store."""
 
-    family: str  # "vit" or "resnet"
+    family: str  # one of FAMILIES
     layers: int  # of attention; a ResNet's pool is its only one
     heads: int
     coefficients: int  # numbers per head
@@ -47,8 +48,11 @@ class Model(Sizes):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**typed(cls, values))
+        """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
+        model = cls(**typed(cls, values))
+        if model.family not in FAMILIES:
+            raise ValueError(f"'family' is {model.family!r}")
+        return model
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,21 @@ class Manifest:
         """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
         values = typed(cls, attributes.get(KEY))
         values["model"] = Model.from_json(values["model"])
-        values["recipe"] = Recipe.from_json(values["recipe"])
+        values["recipe"] = recipe = Recipe.from_json(values["recipe"])
+        if recipe != recipe.resolved(values["model"].neuron_layers):
+            raise ValueError(f"'capture' is {list(recipe.capture)!r}")
+        if (recipe.level == "coefficients") != (recipe.fit is None):
+            raise ValueError(f"'level' is {recipe.level!r} and 'fit' is {recipe.fit!r}")
         return cls(**values)
 
-    def model_differences(self, model: Model) -> list[str]:
+    def model_differences(
+        self, fingerprint: str, config: Mapping[str, Any], preprocessing: Mapping[str, Any]
+    ) -> list[str]:
         """What would make another model write other numbers into this store, in words."""
         pairs = [
-            ("model weights", self.model.fingerprint[:12], model.fingerprint[:12]),
-            ("model config", _plain(self.model.config), _plain(model.config)),
-            ("preprocessing", _plain(self.model.preprocessing), _plain(model.preprocessing)),
+            ("model weights", self.model.fingerprint[:12], fingerprint[:12]),
+            ("model config", _plain(self.model.config), _plain(config)),
+            ("preprocessing", _plain(self.model.preprocessing), _plain(preprocessing)),
         ]
         return _differences(pairs)
 
@@ -139,7 +149,7 @@ def typed(cls: type, values: Any, without: Collection[str] = ()) -> dict[str, An
             continue
         value = values.get(field.name) if isinstance(values, Mapping) else None
         if field.type is int:
-            right = isinstance(value, int) and value >= 1
+            right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         elif field.type in (str, str | None):
             right = isinstance(value, str) or (value is None and field.type is not str)
         else:

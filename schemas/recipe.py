@@ -129,12 +129,14 @@ class Recipe:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; a ``ValueError`` where something is missing or of no sense."""
         capture, fit = values.get("capture"), values.get("fit")
+        if fit is not None and not isinstance(fit, str):
+            raise ValueError(f"'fit' is {fit!r}")
         return cls.of(
             [str(name) for name in capture] if isinstance(capture, list) else [],
-            dtype=values.get("dtype", ""),
-            precision=values.get("precision", ""),
-            level=values.get("level", ""),
-            fit=fit if isinstance(fit, str) else None,
+            dtype=str(values.get("dtype")),
+            precision=str(values.get("precision")),
+            level=str(values.get("level")),
+            fit=fit,
         )
 
     def _layers_text(self, name: str) -> str:

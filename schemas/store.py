@@ -62,8 +62,8 @@ class StoreFolder:
         described = attributes.get(KEY)
         if described is None:
             raise NotAStoreError(f"{path} is no Spectrograph store: make one with 'spectrograph ingest SOURCE {path}'")
-        found = described.get("format") if isinstance(described, dict) else None
-        if isinstance(found, int) and found != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else FORMAT
+        if found != FORMAT:
             raise NotAStoreError(f"{path} is a store of format {found}, and this version reads format {FORMAT}")
         try:
             manifest = Manifest.from_json(attributes)
@@ -141,7 +141,7 @@ class StoreFolder:
         """The significant scores of some neurons in one shard.
 
         Raises:
-            DamagedStoreError: they cannot be read, or are not those that were recorded.
+            DamagedStoreError: they cannot be read, or their file has another size than was recorded.
         """
         file = self.path / significant_path(batch, shard)
         known = self.digests(batch, shard).get(SIGNIFICANT)
@@ -177,12 +177,21 @@ class StoreFolder:
             SelectionError: there is no such fit.
             DamagedStoreError: some of it is missing or changed.
         """
-        names = self.fit_names()
+        fit = self.fit_description(name)
+        return fit.with_arrays({spec.name: self._static(f"{FITS}/{fit.name}", spec) for spec in fit.specs()})
+
+    def fit_description(self, name: str | None = None) -> Fit:
+        """The same without its arrays."""
+        names, made_by = self.fit_names(), self.manifest.recipe.fit
+        if made_by is not None and made_by not in names:
+            raise DamagedStoreError(f"{self.path} has lost the fit {made_by} that made its scores: restore its {FITS}")
         if not names or (name is not None and name not in names):
             known = f"; it has {', '.join(names)}" if names else ": make one with 'spectrograph fit'"
             raise SelectionError(f"{self.path} has no fit{f' {name!r}' if name else ''}{known}")
         fit = self._fit(name or names[-1])
-        return fit.with_arrays({spec.name: self._static(f"{FITS}/{fit.name}", spec) for spec in fit.specs()})
+        if lacking := fit.lacks(self.manifest.recipe, self.manifest.model):
+            raise DamagedStoreError(f"{self.path / FITS / fit.name} is not of this store: it has {lacking}")
+        return fit
 
     def array_metadata(self, batch: str, name: str) -> bytes:
         """The ``zarr.json`` of one array of a batch.
@@ -199,24 +208,32 @@ class StoreFolder:
     def _fit(self, name: str) -> Fit:
         place = self.path / FITS / name
         try:
-            return Fit.from_json(_attributes(place))
+            fit = Fit.from_json(_attributes(place))
         except ValueError as error:
             raise DamagedStoreError(f"{place} does not describe a fit: {error}") from error
+        if fit.name != name:
+            raise DamagedStoreError(f"{place} describes another fit, {fit.name}")
+        return fit
 
     def _static(self, folder: str, spec: StaticSpec) -> NDArray[np.float32]:
         place = self.path / folder / spec.name
+        array = self._array(f"{folder}/{spec.name}")
+        if (array.shape, str(array.dtype)) != (spec.shape, "float32"):
+            raise DamagedStoreError(
+                f"{place} is damaged: it holds {array.dtype} {array.shape}, not float32 {spec.shape}"
+            )
         try:
-            values = np.asarray(self._array(f"{folder}/{spec.name}")[...], np.float32)
-        except (OSError, ValueError, RuntimeError) as error:
+            values = np.asarray(array[...], np.float32)
+        except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
             raise DamagedStoreError(f"{place} is damaged: {error}") from error
-        if values.shape != spec.shape or not np.isfinite(values).all():
+        if not np.isfinite(values).all():
             raise DamagedStoreError(f"{place} is damaged: parts of it were never written, or are gone")
         return values
 
     def _array(self, path: str) -> zarr.Array[Any]:
         try:
             found = zarr.open_array(LocalStore(self.path, read_only=True), path=path, mode="r", zarr_format=3)
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, KeyError, ValueError, TypeError, ArithmeticError) as error:
             raise DamagedStoreError(f"{self.path / path} is not the array that it should be: {error}") from error
         return found
 

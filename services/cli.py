@@ -20,7 +20,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:  # what click makes of Ctrl-C
-        _fail("interrupted; what was recorded is safe, and the same command goes on from there", _INTERRUPTED)
+        _fail("interrupted; what was recorded is safe: run the same command again", _INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -25,7 +25,9 @@ from services.reading import Indices
 from services.stored import StoredImages
 from workers.effects import blocks, factors
 
-_BELOW: Final = 1 - 1e-5  # thresholds lie just below the image that makes them: single precision finds it again
+# Thresholds lie below the image that makes them by what rounding may move it, so that it is found again; and a neuron
+# that changes by no more than rounding is significant nowhere.
+_MARGIN: Final = {"float16": 2.0**-10, "float32": 1e-5}
 _SEED: Final = 0  # of the sample: the same images every time
 
 Doubles = NDArray[np.float64]
@@ -41,13 +43,14 @@ class NeuronFit:
     explained: Doubles  # (n,)
 
 
-def fit_neurons(coefficients: Doubles, factor: Doubles, top_k: int) -> NeuronFit:
+def fit_neurons(coefficients: Doubles, factor: Doubles, top_k: int, margin: float = 0.0) -> NeuronFit:
     """Fits neurons.
 
     Args:
         coefficients: of the sample, (n, S, R).
         factor: of the neurons' rows, (n, R, R).
         top_k: how many of the largest contributions count, at most S.
+        margin: by how much rounding may move a norm, relative to it.
     """
     means = coefficients.mean(axis=1)  # (n, R)
     centred = coefficients - means[:, None]  # (n, S, R)
@@ -58,14 +61,16 @@ def fit_neurons(coefficients: Doubles, factor: Doubles, top_k: int) -> NeuronFit
     values, vectors = np.linalg.eigh(largest.swapaxes(1, 2) @ largest)  # (n, R), (n, R, R): ascending
     first, total = values[:, -1], np.maximum(values, 0).sum(axis=1)  # (n,) each
     along = (largest @ vectors[:, :, -1:])[:, :, 0]  # (n, k)
-    some = first > 0  # a neuron that never changes has no direction
+    lengths = np.linalg.norm(np.matmul(means[:, None], factor)[:, 0], axis=1)  # (n,), of the mean contributions
+    smallest = np.maximum(margin * lengths, np.finfo(np.float32).tiny)  # (n,)
+    some = norms.max(axis=1) > smallest  # a neuron that never changes has no direction
     # The combination of contributions that is the singular vector, as the same combination of coefficients: no inverse.
     weights = np.divide(along, first[:, None], where=some[:, None], out=np.zeros_like(along))  # (n, k)
     directions = np.matmul(weights[:, None], parts)[:, 0]  # (n, R)
     return NeuronFit(
         means=means,
         directions=directions * _majority(along)[:, None],
-        thresholds=np.take_along_axis(norms, top[:, :, 0], 1).min(axis=1) * _BELOW,
+        thresholds=np.maximum(np.take_along_axis(norms, top[:, :, 0], 1).min(axis=1) * (1 - margin), smallest),
         explained=np.divide(first, total, where=some, out=np.zeros_like(first)),
     )
 
@@ -91,7 +96,8 @@ def fit_store(stored: StoredImages, sample: int, top_k: int, fitted: Callable[[i
             "fit a store that keeps coefficients"
         )
     chosen = _sample(stored, sample, top_k)
-    images = len(chosen)
+    images, margin = len(chosen), _MARGIN[manifest.recipe.dtype]
+    scale = neurons.reference_scale(chosen)[:, None, None]  # (S, 1, 1)
     arrays: dict[str, NDArray[np.float32]] = {}
     single: list[Doubles] = []
     explained: list[Doubles] = []
@@ -100,10 +106,11 @@ def fit_store(stored: StoredImages, sample: int, top_k: int, fitted: Callable[[i
         effects = neurons.effects(layer)
         counts.append(len(effects.heads))
         parts = []
-        for block in blocks(len(effects), 8 * images * counts[-1]):
+        for block in blocks(len(effects), 8 * max(images, counts[-1]) * counts[-1]):
             some = np.arange(block.start, block.stop)
-            read = neurons.reference_coefficients(layer, some, chosen).astype(np.float64)  # (S, n, R)
-            parts.append(fit_neurons(np.ascontiguousarray(read.swapaxes(0, 1)), factors(effects, some), top_k))
+            read = neurons.coefficients(layer, some, chosen).astype(np.float64) * scale  # (S, n, R)
+            numbers = np.ascontiguousarray(read.swapaxes(0, 1))  # (n, S, R)
+            parts.append(fit_neurons(numbers, factors(effects, some), top_k, margin))
             fitted(len(some))
         arrays[f"means_{layer}"] = np.concatenate([part.means for part in parts]).astype(np.float32)
         arrays[f"directions_{layer}"] = np.concatenate([part.directions for part in parts]).astype(np.float32)
@@ -114,7 +121,7 @@ def fit_store(stored: StoredImages, sample: int, top_k: int, fitted: Callable[[i
     model = manifest.model
     heads = model.heads if model.family == "resnet" else 0
     if heads:
-        arrays |= _fit_pairs(neurons, chosen, arrays["means_0"], top_k)
+        arrays |= _fit_pairs(neurons, chosen, arrays["means_0"], top_k, margin)
     return Fit(
         model=model.fingerprint,
         sample=_digest(stored, chosen),
@@ -130,7 +137,7 @@ def fit_store(stored: StoredImages, sample: int, top_k: int, fitted: Callable[[i
 
 
 def _fit_pairs(
-    neurons: Neurons, chosen: Indices, means: NDArray[np.float32], top_k: int
+    neurons: Neurons, chosen: Indices, means: NDArray[np.float32], top_k: int, margin: float
 ) -> dict[str, NDArray[np.float32]]:
     """Thresholds and signs of pairs, whose directions are rows of weights."""
     effects = neurons.effects(0)
@@ -141,7 +148,8 @@ def _fit_pairs(
         top = np.argpartition(np.abs(centred), -top_k, axis=0)[-top_k:]  # (k, n, H)
         largest = np.take_along_axis(centred, top, 0)  # (k, n, H)
         lengths = np.linalg.norm(effects.inside(some), axis=2)  # (n, H)
-        thresholds[some] = np.abs(largest).min(axis=0) * lengths * _BELOW
+        smallest = np.maximum(margin * np.abs(means[some]) * lengths, np.finfo(np.float32).tiny)  # (n, H)
+        thresholds[some] = np.maximum(np.abs(largest).min(axis=0) * lengths * (1 - margin), smallest)
         signs[some] = _majority(np.moveaxis(largest, 0, 2))
     return {"pair_means": means, "pair_thresholds": thresholds, "pair_signs": signs}
 
@@ -156,10 +164,11 @@ def _majority(along: NDArray[np.floating]) -> NDArray[np.floating]:
 def _sample(stored: StoredImages, sample: int, top_k: int) -> Indices:
     count = stored.count(None)
     images = min(sample, count)
-    if top_k < 1 or images < 2:
-        raise PlanError(
-            f"the {top_k} largest of {images} images tell nothing: give a sample of 2 or more, and a top of 1"
-        )
+    for name, value, least in (("--sample", sample, 2), ("--top-k", top_k, 1)):
+        if value < least:
+            raise PlanError(f"{name} {value} tells nothing: give at least {least}")
+    if images < 2:
+        raise PlanError(f"{stored.folder.path} stores {images} images: ingest more before fitting them")
     if top_k >= images:
         raise PlanError(
             f"the {top_k} largest of {images} images are all of them: fit more images, or add --top-k "

@@ -28,7 +28,7 @@ def show_info(console: Console, store: Store) -> None:
         made = f", by the fit {recipe.fit}" if recipe.fit else ""
         lines["neurons"] = f"{recipe.level}: {LEVELS[recipe.level]}{made}"
     for name in store.fits():
-        fit = store.fit(name)
+        fit = store.folder.fit_description(name)
         lines[f"fit {name}"] = f"of {fit.images} images, the {fit.top_k} largest of each neuron, made {fit.created}"
     for name, text in lines.items():
         console.print(f"{name:8} {text}")

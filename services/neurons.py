@@ -4,6 +4,7 @@ Letters: N images, n neurons, R coefficients of a neuron, h heads, H all heads, 
 """
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Final
 
@@ -36,7 +37,7 @@ class Neurons:
     def __init__(self, stored: StoredImages) -> None:
         self._stored = stored
         self._effects: dict[int, Effects] = {}
-        self._fits: dict[str | None, Fit] = {}
+        self._fits: dict[str, Fit] = {}
 
     @cached_property
     def _basis(self) -> dict[str, NDArray[np.float32]]:
@@ -61,13 +62,7 @@ class Neurons:
             raise ComponentError(
                 f"{place} captured {captured}, not neurons: ingest with --capture neurons:LAYERS, or pairs of a ResNet"
             )
-        if asked is None and len(layers) > 1:
-            raise SelectionError(f"{place} holds neurons of layers {', '.join(map(str, layers))}: name one")
-        if asked is not None and asked not in layers:
-            raise ComponentError(
-                f"{place} holds no neurons of layer {asked}; it holds those of {', '.join(map(str, layers))}"
-            )
-        return layers[0] if asked is None else asked
+        return self._one_of(layers, asked, "neurons")
 
     def coefficients(self, layer: int, neurons: Indices, chosen: Indices | None) -> Floats:
         """The numbers that rebuild contributions, in the plain view. (N, n, R)
@@ -88,13 +83,16 @@ class Neurons:
         self, layer: int, neurons: Indices, chosen: Indices | None, *, is_reference: bool
     ) -> Contributions:
         """What neurons add. (N, n, D)"""
-        found = self.coefficients(layer, neurons, chosen).swapaxes(0, 1)  # (n, N, R)
-        mapped = np.matmul(found, rows(self.effects(layer), neurons)).swapaxes(0, 1)  # (N, n, D)
+        model, effects = self._stored.manifest.model, self.effects(layer)
+        found = np.empty((self._stored.count(chosen), len(neurons), model.dim), np.float32)
+        for block in self._blocks(effects, len(neurons)):
+            numbers = self.coefficients(layer, neurons[block], chosen).swapaxes(0, 1)  # (n, N, R)
+            found[:, block] = np.matmul(numbers, rows(effects, neurons[block])).swapaxes(0, 1)
         if is_reference and self._is_resnet:
-            mapped = mapped + self._pool_bias(np.arange(self._stored.manifest.model.heads)).sum(axis=0)
+            found += self._pool_bias(np.arange(model.heads)).sum(axis=0)
         elif is_reference:
-            mapped = mapped * self._scale(chosen)[:, None, None]
-        return np.ascontiguousarray(mapped, np.float32)
+            found *= self.reference_scale(chosen)[:, None, None]
+        return found
 
     def direct(
         self, layer: int | None, neurons: Indices, chosen: Indices | None, *, is_reference: bool
@@ -105,43 +103,55 @@ class Neurons:
         if not layers:
             captured = ", ".join(recipe.capture)
             raise ComponentError(f"{place} captured {captured}, not direct: ingest with --capture direct:LAYERS")
-        if layer is None and len(layers) > 1:
-            raise SelectionError(f"{place} holds direct effects of layers {', '.join(map(str, layers))}: name one")
-        layer = layers[0] if layer is None else layer
-        if layer not in layers:
-            raise ComponentError(
-                f"{place} holds no direct effects of layer {layer}; it holds those of {', '.join(map(str, layers))}"
-            )
+        layer = self._one_of(layers, layer, "direct effects")
         at = np.array([layers.index(layer)])
         numbers = self._stored.read("direct", chosen, (at, neurons))[:, 0, :, None]  # (N, n, 1)
         outputs = self._basis["neuron_outputs"][recipe.output_layers.index(layer)][neurons]  # (n, W)
         found = numbers * (outputs @ self._basis["last_matrix"])  # (N, n, D)
-        return np.asarray(found * self._scale(chosen)[:, None, None] if is_reference else found, np.float32)
+        return np.asarray(found * self.reference_scale(chosen)[:, None, None] if is_reference else found, np.float32)
 
-    def scores(self, layer: int, neurons: Indices, chosen: Indices | None, fit: str | None) -> Scores:
+    def fit(self, name: str | None) -> Fit:
+        """The fit that is meant: scores that were kept have but one; of others the latest, unless named.
+
+        Raises:
+            SelectionError: there is no such fit, or another one made the scores.
+        """
+        made_by = self._stored.manifest.recipe.fit
+        if made_by is not None and name not in (None, made_by):
+            raise SelectionError(f"the scores in {self._stored.folder.path} were made by the fit {made_by}, not {name}")
+        wanted = name or made_by or self._stored.folder.fit_description().name
+        if wanted not in self._fits:
+            self._fits[wanted] = self._stored.folder.fit(wanted)
+        return self._fits[wanted]
+
+    def scores(self, layer: int, neurons: Indices, chosen: Indices | None, fit: Fit) -> Scores:
         """Norms of what neurons add beyond their mean, and projections of that on their directions. (N, n) each"""
         level = self._stored.manifest.recipe.level
         if level == "coefficients":
-            return self._computed(layer, neurons, chosen, self._fit(fit, layer))
-        self._fit(fit, layer)
+            return self._computed(layer, neurons, chosen, fit)
         if level == "significant":
             return self._kept(layer, neurons, chosen)
         at = np.array([self.layers.index(layer)])
         norms = self._stored.read("neuron_norms", chosen, (at, neurons))[:, 0]  # (N, n)
         return norms, self._stored.read("neuron_projections", chosen, (at, neurons))[:, 0]
 
-    def directions(self, layer: int, neurons: Indices, fit: str | None) -> Contributions:
-        """Unit vectors. (n, D)"""
-        found = self._fit(fit, layer).directions(layer)[neurons]  # (n, R)
-        vectors = np.matmul(found[:, None], rows(self.effects(layer), neurons))[:, 0]  # (n, D)
-        return np.asarray(vectors, np.float32)
+    def directions(self, layer: int, neurons: Indices, fit: Fit) -> Contributions:
+        """Unit vectors; of a neuron that never changes, zeros. (n, D)"""
+        effects = self.effects(layer)
+        found = np.empty((len(neurons), self._stored.manifest.model.dim), np.float32)
+        for block in self._blocks(effects, len(neurons)):
+            some = neurons[block]
+            found[block] = np.matmul(fit.directions(layer)[some][:, None], rows(effects, some))[:, 0]
+        return found
 
-    def significant(self, layer: int, neurons: Indices, fit: str | None) -> pa.Table:
+    def significant(self, layer: int, neurons: Indices, fit: Fit) -> pa.Table:
         """One row per image and neuron over its threshold, by neuron and falling norm."""
-        images = self._stored.stored[0]["image_id"]
-        thresholds = self._fit(fit, layer).thresholds(layer)
-        if self._stored.manifest.recipe.level == "scores":  # what was rounded is compared with what is rounded alike
-            thresholds = thresholds.astype(self._stored.manifest.recipe.dtype)
+        images, recipe = self._stored.stored[0]["image_id"], self._stored.manifest.recipe
+        thresholds = fit.thresholds(layer)
+        if recipe.level == "scores":  # what was rounded is compared with what is rounded alike
+            thresholds = thresholds.astype(recipe.dtype)
+        elif recipe.level == "significant":  # whatever was kept
+            thresholds = np.zeros_like(thresholds)
         tables = [_FOUND.empty_table()]
         for block in blocks(len(neurons), 8 * max(1, self._stored.count(None))):
             some = neurons[block]
@@ -157,11 +167,10 @@ class Neurons:
             tables.append(pa.table(columns, schema=_FOUND))
         return pa.concat_tables(tables).sort_by([("neuron", "ascending"), ("norm", "descending")])
 
-    def significant_pairs(self, neurons: Indices, heads: Indices, fit: str | None) -> pa.Table:
+    def significant_pairs(self, neurons: Indices, heads: Indices, fit: Fit) -> pa.Table:
         """One row per image and pair over its threshold, by pair and falling norm."""
-        self._need_pairs()
         images = self._stored.stored[0]["image_id"]
-        thresholds = self._fit(fit, 0).arrays["pair_thresholds"][np.ix_(neurons, heads)]  # (n, h)
+        thresholds = fit.arrays["pair_thresholds"][np.ix_(neurons, heads)]  # (n, h)
         tables = [_FOUND_PAIRS.empty_table()]
         for block in blocks(len(neurons), 8 * len(heads) * max(1, self._stored.count(None))):
             norms, projections = self.pair_scores(neurons[block], heads, None, fit)  # (N, n, h)
@@ -183,20 +192,19 @@ class Neurons:
         found = numbers[..., None] * self._pair_rows(neurons, heads)  # (N, n, h, D)
         return np.asarray(found + self._pool_bias(heads) if is_reference else found, np.float32)
 
-    def pair_scores(self, neurons: Indices, heads: Indices, chosen: Indices | None, fit: str | None) -> Scores:
+    def pair_scores(self, neurons: Indices, heads: Indices, chosen: Indices | None, fit: Fit) -> Scores:
         """Norms of what pairs add beyond their mean, and projections of that on their directions. (N, n, h) each"""
         numbers = self._pair_numbers(neurons, heads, chosen)
-        arrays, chosen_pairs = self._fit(fit, 0).arrays, np.ix_(neurons, heads)
+        arrays, chosen_pairs = fit.arrays, np.ix_(neurons, heads)
         lengths = np.linalg.norm(self._basis["pair_reads"][chosen_pairs], axis=2)  # (n, h)
         centred = (numbers - arrays["pair_means"][chosen_pairs]) * lengths  # (N, n, h)
         return np.abs(centred), centred * arrays["pair_signs"][chosen_pairs]
 
-    def pair_directions(self, neurons: Indices, heads: Indices, fit: str | None) -> Contributions:
+    def pair_directions(self, neurons: Indices, heads: Indices, fit: Fit) -> Contributions:
         """Unit vectors. (n, h, D)"""
-        self._need_pairs()
         found = self._pair_rows(neurons, heads)  # (n, h, D)
         lengths = np.linalg.norm(found, axis=2, keepdims=True)
-        signs = self._fit(fit, 0).arrays["pair_signs"][np.ix_(neurons, heads)]
+        signs = fit.arrays["pair_signs"][np.ix_(neurons, heads)]
         return np.asarray(found / np.maximum(lengths, np.finfo(np.float32).tiny) * signs[..., None], np.float32)
 
     def pool_constant(self, images: int) -> Contributions:
@@ -211,44 +219,47 @@ class Neurons:
             self._effects[layer] = effects_of(manifest.model, manifest.recipe, self._basis, layer)
         return self._effects[layer]
 
-    def reference_coefficients(self, layer: int, neurons: Indices, chosen: Indices | None) -> Floats:
-        """Coefficients in the references' view, constants aside. (N, n, R)"""
-        found = self.coefficients(layer, neurons, chosen)
-        return found if self._is_resnet else found * self._scale(chosen)[:, None, None]
+    def reference_scale(self, chosen: Indices | None) -> Floats:
+        """What turns coefficients into those of the references' view, constants aside. (N,)"""
+        if self._is_resnet:
+            return np.ones(self._stored.count(chosen), np.float32)
+        return np.asarray(PERCENT / self._stored.norms(chosen), np.float32)
+
+    def need_pairs(self) -> None:
+        """Makes sure that the store holds pairs.
+
+        Raises:
+            ComponentError: it is of a transformer.
+        """
+        if not self._is_resnet:
+            raise ComponentError(f"{self._stored.folder.path} is of a transformer, which has no pairs: ask for neurons")
 
     @property
     def _is_resnet(self) -> bool:
         return self._stored.manifest.model.family == "resnet"
 
-    def _scale(self, chosen: Indices | None) -> Floats:
-        return np.asarray(PERCENT / self._stored.norms(chosen), np.float32)
+    def _one_of(self, layers: tuple[int, ...], asked: int | None, what: str) -> int:
+        place, known = self._stored.folder.path, ", ".join(map(str, layers))
+        if asked is None and len(layers) > 1:
+            raise SelectionError(f"{place} holds {what} of layers {known}: name one")
+        if asked is not None and asked not in layers:
+            raise ComponentError(f"{place} holds no {what} of layer {asked}; it holds those of {known}")
+        return layers[0] if asked is None else asked
 
-    def _fit(self, name: str | None, layer: int) -> Fit:
-        """The fit that is meant; scores that were kept have but one."""
-        made_by = self._stored.manifest.recipe.fit
-        if made_by is not None and name not in (None, made_by):
-            raise SelectionError(f"the scores in {self._stored.folder.path} were made by the fit {made_by}, not {name}")
-        fit = self._known_fit(name or made_by)
-        if layer not in fit.layers:
-            raise SelectionError(f"the fit {fit.name} has no layer {layer}: it has {', '.join(map(str, fit.layers))}")
-        return fit
-
-    def _known_fit(self, name: str | None) -> Fit:
-        if name is None:  # the latest may change
-            return self._stored.folder.fit()
-        if name not in self._fits:
-            self._fits[name] = self._stored.folder.fit(name)
-        return self._fits[name]
+    def _blocks(self, effects: Effects, neurons: int) -> Iterator[slice]:
+        """Some neurons at a time, so that their rows take a bounded memory."""
+        return blocks(neurons, 8 * len(effects.heads) * self._stored.manifest.model.dim)
 
     def _computed(self, layer: int, neurons: Indices, chosen: Indices | None, fit: Fit) -> Scores:
         images = self._stored.count(chosen)
         norms, projections = np.empty((2, images, len(neurons)), np.float32)
         effects = self.effects(layer)
-        for block in blocks(len(neurons), 8 * images * len(effects.heads)):
+        count, scale = len(effects.heads), self.reference_scale(chosen)[:, None, None]  # (N, 1, 1)
+        for block in blocks(len(neurons), 8 * max(images, count) * count):
             some = neurons[block]
             factor = factors(effects, some).astype(np.float32)  # (n, R, R)
             inside = np.matmul(fit.directions(layer)[some][:, None], factor).swapaxes(1, 2)  # (n, R, 1)
-            centred = self.reference_coefficients(layer, some, chosen) - fit.means(layer)[some]  # (N, n, R)
+            centred = self.coefficients(layer, some, chosen) * scale - fit.means(layer)[some]  # (N, n, R)
             turned = np.matmul(centred.swapaxes(0, 1), factor)  # (n, N, R)
             norms[:, block] = np.linalg.norm(turned, axis=2).T
             projections[:, block] = np.matmul(turned, inside)[:, :, 0].T
@@ -271,12 +282,7 @@ class Neurons:
         norms, projections = found[:, back][:, :, back_columns]
         return norms, projections
 
-    def _need_pairs(self) -> None:
-        if not self._is_resnet:
-            raise ComponentError(f"{self._stored.folder.path} is of a transformer, which has no pairs: ask for neurons")
-
     def _pair_numbers(self, neurons: Indices, heads: Indices, chosen: Indices | None) -> Floats:
-        self._need_pairs()
         return self._stored.read("pairs", chosen, (neurons, heads))
 
     def _pair_rows(self, neurons: Indices, heads: Indices) -> Contributions:

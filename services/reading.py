@@ -116,6 +116,8 @@ def positions(index: Index, size: int, what: str) -> Indices:
     if isinstance(index, slice):
         return every[index]
     numbers = np.atleast_1d(np.asarray(index))
+    if not numbers.size and numbers.ndim == 1:
+        return every[:0]
     if numbers.dtype.kind != "i" or numbers.ndim != 1:
         raise SelectionError(f"{index!r} selects no {what}: give a number, a slice or a sequence of numbers")
     wrong = [int(number) for number in numbers if not -size <= number < size]

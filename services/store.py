@@ -214,7 +214,7 @@ class Store:
         if _is_score(what):
             if effect == "direct":
                 raise ComponentError("a fit is of second-order effects: ask for direct ones as contributions")
-            norms, projections = self._neurons.scores(self._neurons.layer(layer), which, chosen, fit)
+            norms, projections = self._neurons.scores(self._neurons.layer(layer), which, chosen, self._neurons.fit(fit))
             return squeeze(norms if what == "norms" else projections, neuron)
         if effect == "direct":
             found = self._neurons.direct(layer, which, chosen, is_reference=is_reference)
@@ -236,11 +236,12 @@ class Store:
 
         Arguments and errors are those of `neurons`; the references' view shares the biases out and divides by nothing.
         """
+        self._neurons.need_pairs()
         model, chosen = self.manifest.model, self._stored.chosen(images)
         neurons, heads = positions(neuron, model.neurons, "neuron"), self._heads(head)
         is_reference = _is_reference(view)
         if _is_score(what):
-            norms, projections = self._neurons.pair_scores(neurons, heads, chosen, fit)
+            norms, projections = self._neurons.pair_scores(neurons, heads, chosen, self._neurons.fit(fit))
             return squeeze(norms if what == "norms" else projections, neuron, head)
         found = self._neurons.pairs(neurons, heads, chosen, is_reference=is_reference)
         return squeeze(found, neuron, head)
@@ -254,11 +255,12 @@ class Store:
         most of the largest contributions point along it. ``head``, a number or ``slice(None)``, asks for pairs. Raises
         as `neurons` does.
         """
-        which = positions(neuron, self.manifest.model.neurons, "neuron")
+        which, at = positions(neuron, self.manifest.model.neurons, "neuron"), self._neurons.layer(layer)
         if head is None:
-            found = self._neurons.directions(self._neurons.layer(layer), which, fit)[None]  # (1, n, D)
+            found = self._neurons.directions(at, which, self._neurons.fit(fit))[None]  # (1, n, D)
             return np.asarray(squeeze(found, neuron)[0])
-        found = self._neurons.pair_directions(which, self._heads(head), fit)[None]  # (1, n, h, D)
+        self._neurons.need_pairs()
+        found = self._neurons.pair_directions(which, self._heads(head), self._neurons.fit(fit))[None]  # (1, n, h, D)
         return np.asarray(squeeze(found, neuron, head)[0])
 
     def significant(
@@ -268,10 +270,11 @@ class Store:
 
         ``head``, a number or ``slice(None)``, asks for pairs: head in place of layer. Raises as `neurons` does.
         """
-        which = positions(neuron, self.manifest.model.neurons, "neuron")
+        which, at = positions(neuron, self.manifest.model.neurons, "neuron"), self._neurons.layer(layer)
         if head is None:
-            return self._neurons.significant(self._neurons.layer(layer), which, fit)
-        return self._neurons.significant_pairs(which, self._heads(head), fit)
+            return self._neurons.significant(at, which, self._neurons.fit(fit))
+        self._neurons.need_pairs()
+        return self._neurons.significant_pairs(which, self._heads(head), self._neurons.fit(fit))
 
     def fits(self) -> list[str]:
         """The names of the fits, the latest last."""
@@ -283,7 +286,7 @@ class Store:
         Raises:
             SelectionError: there is no such fit.
         """
-        return self.folder.fit(name)
+        return self._neurons.fit(name)
 
     def coefficients(self, array: str, *, images: Iterable[str] | None = None) -> Floats:
         """One array as it is stored, all of it: ``heads`` (N, L, H, R), ``mlps`` (N, L, D) and so on."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import ComponentError, SelectionError
 from schemas.manifest import Manifest
+from schemas.recipe import CAPTURES
 from schemas.store import StoreFolder
 from schemas.tables import IMAGE_COLUMNS
 from services.contributions import Floats
@@ -93,7 +94,10 @@ class StoredImages:
         """
         if array not in self.folder.specs:
             captured = ", ".join(self.manifest.recipe.capture)
-            raise ComponentError(f"{self.folder.path} captured {captured}, not {array}: ingest with --capture {array}")
+            way = (
+                f": ingest with --capture {array}" if array in CAPTURES and self.manifest.model.family == "vit" else ""
+            )
+            raise ComponentError(f"{self.folder.path} captured {captured}, not {array}{way}")
         dtype = self.folder.specs[array].dtype if as_stored else "float32"
         return self._reader.read(array, self.rows(chosen), selection, dtype)
 

@@ -31,7 +31,8 @@ def ingest_and_show(console: Console, source: Path, store: Path, recipe: Recipe,
     with console.status("Loading torch and the model"):
         from services.progress import ingest_progress
         from workers.ingest import run_ingest
-        from workers.planning import Request, plan_ingest
+        from workers.planning import plan_ingest
+        from workers.request import Request
 
         plan = plan_ingest(Request(source=source, store=store, recipe=recipe, **options))
     _show_plan(console, plan)
@@ -86,6 +87,8 @@ def fit_and_show(console: Console, store: Path, sample: int, top_k: int) -> None
 
 
 def _show_plan(console: Console, plan: "Plan") -> None:
+    from workers.scoring import Scorer
+
     request, batch, model, recipe = plan.request, plan.batch, plan.manifest.model, plan.manifest.recipe
     done = batch.shards - len(plan.pending)
     lines = {
@@ -104,6 +107,9 @@ def _show_plan(console: Console, plan: "Plan") -> None:
         lines["neurons"] = f"kept as {recipe.level}; the choices, in bytes per image, all else included: " + ", ".join(
             f"{other.level} {plan.image_bytes(other)}" for other in levels
         )
+    if plan.fit is not None:
+        held = Scorer.held_bytes(model, recipe)
+        lines["scoring"] = f"by the fit {plan.fit.name} of {plan.fit.images} images; it holds {human(held)} in memory"
     for name, text in lines.items():
         console.print(f"{name:8} {text}")
     for name in plan.listing.unmatched[:3]:

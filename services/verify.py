@@ -155,7 +155,8 @@ def _encode(loaded: LoadedModel, pixels: torch.Tensor, precision: str) -> NDArra
 def _static_problems(folder: StoreFolder) -> Iterator[str]:
     try:
         folder.basis()
-        for name in folder.fit_names():
+        made_by = folder.manifest.recipe.fit
+        for name in {*folder.fit_names(), *([made_by] if made_by else [])}:
             folder.fit(name)
     except DamagedStoreError as error:
         yield str(error)

@@ -11,7 +11,8 @@ from PIL import Image
 from schemas.recipe import Recipe
 from workers.decoding import Decoded, FileFacts
 from workers.ingest import Outcome, run_ingest
-from workers.planning import Request, plan_ingest
+from workers.planning import plan_ingest
+from workers.request import Request
 from workers.toyworld.attributes import World
 from workers.toyworld.scenes import scene
 

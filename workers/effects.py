@@ -104,14 +104,13 @@ def factors(effects: Effects, neurons: Indices) -> Doubles:
         some = rows(effects, neurons[block]).astype(np.float64)  # (n, R, D)
         gram = some @ some.swapaxes(1, 2)  # (n, R, R)
         mean = np.trace(gram, axis1=1, axis2=2) / count  # (n,)
-        diagonal = np.maximum(_JITTER * mean, np.finfo(np.float64).tiny)
-        gram += diagonal[:, None, None] * np.eye(count)
-        found[block] = np.linalg.cholesky(gram)
+        gram += np.where(mean > 0, _JITTER * mean, 1)[:, None, None] * np.eye(count)
+        found[block] = np.linalg.cholesky(gram) * (mean > 0)[:, None, None]  # one that writes nothing has no length
     return found
 
 
 def blocks(neurons: int, each_bytes: int) -> Iterator[slice]:
     """Some neurons at a time, so that what is made of them takes a bounded memory."""
-    size = max(1, _BLOCK_BYTES // each_bytes)
+    size = max(1, _BLOCK_BYTES // max(1, each_bytes))
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))

@@ -24,6 +24,7 @@ from schemas.layout import (
     array_specs,
     basis_specs,
     check_batch_name,
+    dense_specs,
     image_bytes,
     shard_images,
 )
@@ -31,7 +32,9 @@ from schemas.manifest import Batch, Manifest, Model, Sizes
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
 from workers.decomposition import Decomposition
+from workers.fit_planning import check_scoring, checked_fit, find_fit
 from workers.models import LoadedModel, load_model
+from workers.request import Request
 from workers.resnet import ResnetDecomposition
 from workers.sources import Listing, list_folder
 from workers.vit import VitDecomposition
@@ -39,23 +42,6 @@ from workers.vit import VitDecomposition
 _DEVICES: Final = ("cpu", "cuda", "mps")
 _SIGNIFICANT_SHARE: Final = 0.02  # of the images, as in the papers, where no fit says it
 _LIBRARIES: Final = ("spectrograph", "torch", "open_clip_torch", "zarr", "numcodecs", "pyarrow", "pillow")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks an ingest to do."""
-
-    source: Path
-    store: Path
-    model: str
-    pretrained: str | None
-    batch: str
-    recipe: Recipe
-    device: str  # "auto", or as torch calls it
-    batch_size: int
-    shard_images: int | None  # None: as many as suit the recipe
-    fit: Path | None = None  # the store whose latest fit makes the scores
-    force: bool = False  # also where the disk seems too small
 
 
 @dataclass(frozen=True)
@@ -113,20 +99,21 @@ def plan_ingest(request: Request) -> Plan:
     listing = list_folder(request.source)
     digest = listing.digest()
     known = folder is not None and request.batch in folder.batch_names()
-    fit = _fit(request, folder)
-    recipe = replace(request.recipe, fit=fit.name if fit else None)
+    recipe = request.recipe
     if folder is not None:
         _check_columns(folder, listing)
-        recipe = _resolved(recipe, folder)
+        recipe = replace(_resolved(recipe, folder), fit=folder.manifest.recipe.fit)
         _check_same(request, folder.manifest.recipe_differences(recipe))
+    scoring = find_fit(request, folder)
     if folder is not None and known:
         _check_batch(folder, request, digest, len(listing))
     loaded = load_model(request.model, request.pretrained, device=device)
-    _check_fit(request, fit, loaded)
+    if folder is not None:
+        _check_same(request, folder.manifest.model_differences(loaded.fingerprint, loaded.config, loaded.preprocessing))
+    fit = checked_fit(scoring, request, loaded) if scoring else None
+    recipe = replace(recipe, fit=fit.name if fit else None)
     decomposition = _decomposition(request, recipe, loaded, folder, fit)
     model = _describe(loaded, decomposition.sizes)
-    if folder is not None:
-        _check_same(request, folder.manifest.model_differences(model))
     manifest = folder.manifest if folder else _manifest(model, decomposition.recipe)
     batch = folder.batch(request.batch) if folder and known else _new_batch(request, manifest, digest, len(listing))
     done = set(folder.shards(request.batch)) if folder and known else set()
@@ -154,39 +141,6 @@ def _check(request: Request) -> None:
     source, store = request.source.resolve(), request.store.resolve()
     if store == source or source in store.parents:
         raise PlanError(f"the store {request.store} lies inside the source {request.source}: put it beside it")
-
-
-def _fit(request: Request, folder: StoreFolder | None) -> Fit | None:
-    """The fit behind the scores that are asked for: of the store named, or of the store itself when it goes on."""
-    recipe = request.recipe
-    if recipe.level == "coefficients":
-        if request.fit is not None:
-            raise PlanError(f"a fit makes scores, and neurons are to be kept as {recipe.level}: leave out --fit")
-        return None
-    if request.fit is not None:
-        fit = StoreFolder.open(request.fit).fit()
-    elif folder is not None and folder.manifest.recipe.fit is not None:
-        fit = folder.fit(folder.manifest.recipe.fit)
-    else:
-        raise PlanError(
-            f"neurons can be kept as {recipe.level} only by a fit: ingest a sample with coefficients, run "
-            "'spectrograph fit' on its store, and name that store with --fit"
-        )
-    missing = set(recipe.layers("neurons", fit.layers[-1] + 1)) - set(fit.layers)
-    if missing:
-        raise PlanError(
-            f"the fit in {request.fit or request.store} has no layer {min(missing)}: it has "
-            f"{', '.join(map(str, fit.layers))}"
-        )
-    return fit
-
-
-def _check_fit(request: Request, fit: Fit | None, loaded: LoadedModel) -> None:
-    if fit is not None and fit.model != loaded.fingerprint:
-        raise StoreMismatchError(
-            f"the fit in {request.fit or request.store} was made with another model than {request.model}: "
-            f"its weights are {fit.model[:12]}, not {loaded.fingerprint[:12]}"
-        )
 
 
 def _resolved(recipe: Recipe, folder: StoreFolder) -> Recipe:
@@ -257,7 +211,8 @@ def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int
             f"now lists {images} with other names, sizes, labels or columns: ingest it under another name with --batch"
         )
     wanted = request.shard_images
-    if wanted is not None and shard_images(tuple(folder.specs.values()), wanted, images) != batch.shard_images:
+    specs = dense_specs(folder.manifest.model, folder.manifest.recipe)
+    if wanted is not None and shard_images(specs, wanted, images) != batch.shard_images:
         raise StoreMismatchError(
             f"batch {request.batch!r} was begun with {batch.shard_images} images per shard: "
             f"leave out --shard-images {wanted}"
@@ -267,20 +222,22 @@ def _check_batch(folder: StoreFolder, request: Request, digest: str, images: int
 def _decomposition(
     request: Request, recipe: Recipe, loaded: LoadedModel, folder: StoreFolder | None, fit: Fit | None
 ) -> Decomposition:
-    basis = None
-    if folder is not None and folder.manifest.model.fingerprint == loaded.fingerprint:
-        basis = folder.basis()
+    basis = folder.basis() if folder is not None else None
     vision = loaded.clip.visual
     try:
         if isinstance(vision, ModifiedResNet):
             return ResnetDecomposition(vision, recipe, basis=basis)
-        return VitDecomposition(vision, recipe, basis=basis, fit=fit)
+        decomposition = VitDecomposition(vision, recipe, basis=basis)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's ModifiedResNets, and "
             "VisionTransformers with standard attention that read the class token, average patch tokens, or pool with "
             "one learned query"
         ) from error
+    if fit is not None:
+        check_scoring(request, decomposition, fit)
+        decomposition.score_by(fit)
+    return decomposition
 
 
 def _describe(loaded: LoadedModel, sizes: Sizes) -> Model:
@@ -300,7 +257,7 @@ def _manifest(model: Model, recipe: Recipe) -> Manifest:
 
 
 def _new_batch(request: Request, manifest: Manifest, digest: str, images: int) -> Batch:
-    specs = array_specs(manifest.model, manifest.recipe)
+    specs = dense_specs(manifest.model, manifest.recipe)
     return Batch(
         source=str(request.source.resolve()),
         images=images,

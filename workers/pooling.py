@@ -56,7 +56,7 @@ def pooling_of(vision: VisionTransformer) -> Pooling:
         raise UnsupportedModelError(
             f"it returns tokens, not one vector in the joint space (pool_type={vision.pool_type!r})"
         )
-    norm, projection = vision.ln_post, _static(projection)
+    norm, projection = vision.ln_post, static(projection)
     if vision.attn_pool is not None:
         if vision.pool_type != "tok":
             raise UnsupportedModelError("it averages the many queries of its attentional pooler")
@@ -76,8 +76,8 @@ class _Normed:
 
     def __init__(self, norm: nn.LayerNorm, projection: Tensor) -> None:
         self.eps = norm.eps
-        matrix = _static(norm.weight)[:, None] * projection  # (W, D)
-        shift = _static(norm.bias) @ projection  # (D,)
+        matrix = static(norm.weight)[:, None] * projection  # (W, D)
+        shift = static(norm.bias) @ projection  # (D,)
         self.matrices = matrix[None]  # (1, W, D)
         self.terms = torch.stack([shift, torch.zeros_like(shift), -matrix.sum(dim=0)])  # (C, D)
 
@@ -140,17 +140,17 @@ class FirstQuery:
         scaled = asked.view(groups, -1) * (len(query) // groups) ** -0.5  # (G, E)
         # q . (W_K x + b_K) = (q W_K) . x + const, and a softmax over tokens does not see the constant.
         self.asked = torch.einsum("ge,gew->gw", scaled, key.detach().unflatten(0, (groups, -1)))  # (G, W)
-        reads = _static(value).unflatten(0, (groups, -1)).mT  # (G, W, E)
-        mixes = _static(attention.out_proj.weight).T.unflatten(0, (groups, -1))  # (G, E, V)
+        reads = static(value).unflatten(0, (groups, -1)).mT  # (G, W, E)
+        mixes = static(attention.out_proj.weight).T.unflatten(0, (groups, -1))  # (G, E, V)
         read = reads @ mixes  # (G, W, V)
-        biases = _static(value_bias) @ mixes.flatten(0, 1) + _static(attention.out_proj.bias)  # (V,)
+        biases = static(value_bias) @ mixes.flatten(0, 1) + static(attention.out_proj.bias)  # (V,)
         self.read, self.biases = read.float().to(asked.device), biases.float().to(asked.device)
-        after = _static(norm.weight)[:, None] * projection  # (V, D)
-        self.matrices = _static(pooler.ln_k.weight)[:, None] * read @ after  # (G, W, D)
-        heard = _static(pooler.ln_k.bias) @ read.sum(dim=0) + biases  # (V,)
-        static = torch.stack([_static(norm.bias) @ projection, heard @ after, -after.sum(dim=0)])  # (3, D)
+        after = static(norm.weight)[:, None] * projection  # (V, D)
+        self.matrices = static(pooler.ln_k.weight)[:, None] * read @ after  # (G, W, D)
+        heard = static(pooler.ln_k.bias) @ read.sum(dim=0) + biases  # (V,)
+        first = torch.stack([static(norm.bias) @ projection, heard @ after, -after.sum(dim=0)])  # (3, D)
         means = -self.matrices.sum(dim=1)  # (G, D)
-        self.terms = torch.cat([static, torch.zeros_like(means), means])  # (3 + 2 G, D)
+        self.terms = torch.cat([first, torch.zeros_like(means), means])  # (3 + 2 G, D)
         self.totals = slice(3, 3 + groups)
 
     def keep(self, tokens: Tensor) -> Tensor:
@@ -171,7 +171,8 @@ class FirstQuery:
         return Pooled(weights, torch.cat([static, sums], dim=1))
 
 
-def _static(weight: Tensor) -> Tensor:
+def static(weight: Tensor) -> Tensor:
+    """A weight to compute static arrays with: double precision, where every processor can."""
     return weight.detach().cpu().double()
 
 

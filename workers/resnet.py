@@ -18,6 +18,7 @@ from schemas.errors import PlanError, UnsupportedModelError
 from schemas.manifest import Sizes
 from schemas.recipe import Recipe
 from workers.decomposition import StaticArrays
+from workers.pooling import static
 from workers.precision import autocast
 
 _CAPTURES: Final = ("pairs",)
@@ -96,18 +97,14 @@ class _Pool(nn.Module):
 
 def _basis(pool: AttentionPool2d) -> StaticArrays:
     heads = pool.num_heads
-    writes = _static(pool.c_proj.weight).T.unflatten(0, (heads, -1))  # (H, E, D)
+    writes = static(pool.c_proj.weight).T.unflatten(0, (heads, -1))  # (H, E, D)
     columns, _ = torch.linalg.qr(writes.mT)  # (H, D, R)
-    values = _static(pool.v_proj.weight).T.unflatten(1, (heads, -1))  # (C, H, E)
-    biases = torch.einsum("he,hed->hd", _static(pool.v_proj.bias).view(heads, -1), writes)  # (H, D)
-    static = {
+    values = static(pool.v_proj.weight).T.unflatten(1, (heads, -1))  # (C, H, E)
+    biases = torch.einsum("he,hed->hd", static(pool.v_proj.bias).view(heads, -1), writes)  # (H, D)
+    found = {
         "heads": columns.mT[None],  # (1, H, R, D)
         "pair_reads": torch.einsum("che,her->chr", values, writes @ columns),  # (C, H, R)
         "value_biases": biases,
-        "output_bias": _static(pool.c_proj.bias),  # (D,)
+        "output_bias": static(pool.c_proj.bias),  # (D,)
     }
-    return {name: array.float().contiguous().numpy() for name, array in static.items()}
-
-
-def _static(weight: Tensor) -> Tensor:
-    return weight.detach().cpu().double()
+    return {name: array.float().contiguous().numpy() for name, array in found.items()}

@@ -37,6 +37,12 @@ class Scorer:
             self._factors[layer] = torch.from_numpy(factor).float().to(device)
             self._directions[layer] = torch.from_numpy(inside).float().to(device)
 
+    @staticmethod
+    def held_bytes(sizes: Sizes, recipe: Recipe) -> int:
+        """What the factors of all captured layers take in memory, for as long as the scorer lives."""
+        rows = [(sizes.layers - 1 - layer) * sizes.heads for layer in recipe.layers("neurons")]
+        return sum(4 * sizes.neurons * count * (count + 2) for count in rows)
+
     def score(self, layer: int, activations: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """Norm and projection of what each neuron adds beyond its mean.
 

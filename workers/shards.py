@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore
 
-from schemas.errors import BusyStoreError
+from schemas.errors import BusyStoreError, DamagedStoreError, PrecisionError, SelectionError
 from schemas.fits import Fit
 from schemas.layout import (
     BASIS,
@@ -33,6 +33,7 @@ from schemas.layout import (
     create_array,
     record_path,
     shard_key,
+    significant_path,
 )
 from schemas.manifest import Batch, Manifest
 from schemas.store import RECORD_KEY, Digest, StoreFolder
@@ -89,13 +90,27 @@ def add_fit(folder: StoreFolder, fit: Fit) -> None:
     """Keeps a fit in a store; one of the same name is the same.
 
     Raises:
+        PrecisionError: it holds something that is no number.
         BusyStoreError: another process is adding one.
         StoreWriteError: the disk refused.
     """
+    if not all(np.isfinite(array).all() for array in fit.arrays.values()):
+        raise PrecisionError(f"the fit {fit.name} holds numbers past float32: its images' contributions are too large")
     with staging(folder.path, _STORE_ITSELF) as area, refusals(folder.path):
-        draft = area.folder / "fit"
+        draft, place = area.folder / "fit", folder.path / FITS / fit.name
         _write_static(draft, fit.to_json(), fit.specs(), fit.arrays)
-        area.publish_folder(draft, folder.path / FITS / fit.name)
+        if _is_whole(folder, fit.name):  # the same sample was fitted before: only the time is new
+            area.publish_file((draft / "zarr.json").read_bytes(), place / "zarr.json")
+        else:
+            area.publish_folder(draft, place)
+
+
+def _is_whole(folder: StoreFolder, fit: str) -> bool:
+    try:
+        folder.fit(fit)
+    except (DamagedStoreError, SelectionError):
+        return False
+    return True
 
 
 def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) -> None:
@@ -109,7 +124,8 @@ def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) ->
         raise BusyStoreError(f"another process began batch {name!r} of {folder.path} meanwhile: run the command again")
     with refusals(folder.path):
         # Records without a batch are left of one that was removed by hand: they must not speak for this one.
-        shutil.rmtree(folder.path / record_path(name, 0).parent, ignore_errors=True)
+        for place in (record_path(name, 0), significant_path(name, 0)):
+            shutil.rmtree(folder.path / place.parent, ignore_errors=True)
     draft = area.folder / "batch"
     with refusals(draft):
         store = LocalStore(draft)

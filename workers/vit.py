@@ -56,8 +56,6 @@ class VitDecomposition:
     Raises:
         UnsupportedModelError: some part of the model's output is no sum of the contributions of its parts.
         PlanError: the model has no such thing as one of the captures, or no such layer.
-
-    With a fit, neurons are scored and their coefficients are not returned.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class VitDecomposition:
         recipe: Recipe,
         *,
         basis: StaticArrays | None = None,
-        fit: Fit | None = None,
     ) -> None:
         _check(vision)
         self.vision = vision.eval()
@@ -79,12 +76,21 @@ class VitDecomposition:
         self.recipe = recipe.resolved(self.sizes.neuron_layers)
         self.basis = basis or make_basis(vision, self.pooling, writes, self.recipe)
         device = vision.conv1.weight.device
-        self._scorer = Scorer(self.sizes, self.recipe, self.basis, fit, device) if fit else None
+        self._scorer: Scorer | None = None
         rotation = writes @ torch.from_numpy(self.basis["heads"]).double().mT  # (L, H, G E, R)
         self._rotation = rotation.float().to(device)
         self._writes = writes.flatten(1, 2).float().to(device)  # (L, G W, D)
         self._matrices = self.pooling.matrices.flatten(0, 1).float().to(device)  # (G W, D)
         self._listen()
+
+    def score_by(self, fit: Fit) -> None:
+        """From now on returns scores of neurons in place of their coefficients.
+
+        Args:
+            fit: that lacks nothing of the recipe.
+        """
+        device = self.vision.conv1.weight.device
+        self._scorer = Scorer(self.sizes, self.recipe, self.basis, fit, device)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[str, Tensor]:
@@ -132,7 +138,7 @@ class VitDecomposition:
         return found
 
     def _neurons(self, trace: _Trace, pooled: Pooled, representation: Tensor) -> dict[str, Tensor]:
-        """What each neuron adds directly, and by later layers: layer by layer, so that one is held at a time."""
+        """What each neuron adds directly, and by later layers; each layer's activations are freed after use."""
         found: dict[str, Tensor] = {}
         if trace.asked:
             direct = [pooled.weights @ kept.float() for kept in trace.asked.values()]  # (B, 1, N) each
@@ -195,10 +201,13 @@ class VitDecomposition:
         """Takes what one layer's heads read. Query, key, value (B, H, T, E); read (B, T, W)."""
         if "heads" in self.capture:
             self._trace.heads.append(self.pooling.keep(read))
-        if not is_later and not self.capture & {"tokens", "cls_to_cls"}:
-            return
+        if is_later or self.capture & {"tokens", "cls_to_cls"}:
+            with autocast(query.device, "fp32"):  # this is few rows, and what is captured sums to what was read
+                self._remember_rows(layer, query, key.float(), value, is_later=is_later)
+
+    def _remember_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, is_later: bool) -> None:
         asking = query[:, :, :1] if self.pooling.row == "class token" else query[:, :, 1:]  # (B, H, 1 or T - 1, E)
-        rows = torch.softmax(asking.float() @ key.float().transpose(2, 3) * key.shape[3] ** -0.5, dim=3)
+        rows = torch.softmax(asking.float() @ key.mT * key.shape[3] ** -0.5, dim=3)
         row = rows.mean(dim=2)  # (B, H, T)
         if is_later:
             self._trace.rows[layer] = row * self._trace.scales.pop(layer)[:, None]

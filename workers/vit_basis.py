@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from schemas.recipe import Recipe
 from workers.decomposition import StaticArrays
-from workers.pooling import Pooling
+from workers.pooling import Pooling, static
 
 
 def head_writes(vision: VisionTransformer, pooling: Pooling) -> Tensor:
@@ -59,11 +59,6 @@ def _head_reads(block: ResidualAttentionBlock) -> Tensor:
     reads = static(block.ln_1.weight)[:, None] * values.T  # (W, W)
     heads: Tensor = reads.unflatten(1, (attention.num_heads, -1)).transpose(0, 1)
     return heads
-
-
-def static(weight: Tensor) -> Tensor:
-    """A weight to compute with, where every processor can."""
-    return weight.detach().cpu().double()
 
 
 def _scale(scale: nn.Module) -> Tensor | float:

@@ -16,7 +16,8 @@ from tests.bench.pairs import time_pairs
 from tests.bench.table import Row
 from workers.ingest import run_ingest
 from workers.models import load_model
-from workers.planning import Request, plan_ingest
+from workers.planning import plan_ingest
+from workers.request import Request
 from workers.toyworld.attributes import World
 from workers.toyworld.scenes import scene
 

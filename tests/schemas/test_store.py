@@ -111,3 +111,23 @@ def test_strange_files_among_the_records_are_passed_over(full_store: Path, tmp_p
     shutil.copytree(full_store, store)
     (store / "images" / "default" / "notes.parquet").write_text("mine")
     assert StoreFolder.open(store).shards("default") == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model", {"family": "foo"}),
+        ("model", {"layers": True}),
+        ("recipe", {"capture": ["neurons:all"]}),
+        ("recipe", {"capture": ["neurons:0-40"]}),
+        ("recipe", {"level": []}),
+        ("recipe", {"fit": 5}),
+        ("recipe", {"level": "scores", "capture": ["neurons:0"]}),
+    ],
+)
+def test_descriptions_of_no_sense_are_damage(full_store: Path, tmp_path: Path, part: str, change: object) -> None:
+    described = json.loads((full_store / "zarr.json").read_text())
+    described["attributes"]["spectrograph"][part] |= change
+    (tmp_path / "zarr.json").write_text(json.dumps(described))
+    with pytest.raises(DamagedStoreError, match="does not describe the store"):
+        StoreFolder.open(tmp_path)

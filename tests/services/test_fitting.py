@@ -1,5 +1,7 @@
 """Means, thresholds and directions: the papers' numbers, and the vectors' by brute force."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.errors import ComponentError, DamagedStoreError, PlanError, SelectionError
+from schemas.errors import ComponentError, DamagedStoreError, PlanError, PrecisionError, SelectionError
 from schemas.store import StoreFolder
 from services.fitting import fit_neurons, fit_store
 from services.store import Store, open_store
 from services.stored import StoredImages
 from tests.conftest import Ingest
 from workers.shards import add_fit
+from workers.staging import Staging
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,7 @@ def test_a_fit_in_coefficients_is_that_of_the_vectors(
 def test_a_neuron_that_never_changes_has_no_direction() -> None:
     found = fit_neurons(np.ones((1, 6, 2)), np.eye(2)[None], 3)
     assert (found.directions == 0).all()
-    assert (found.thresholds == 0).all()
+    assert 0 < found.thresholds[0] < 1e-30, "so that no change at all is not over it"
     assert (found.explained == 0).all()
 
 
@@ -148,6 +151,48 @@ def test_fits_are_kept_side_by_side_and_the_latest_counts(golden_resnet_store: P
         store.pairs(neuron=3, what="norms", fit="x")
 
 
+def test_a_fit_that_is_repeated_is_there_all_the_time(
+    golden_resnet_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StoreFolder.open(golden_resnet_store)
+    fit = fit_store(StoredImages(folder), sample=16, top_k=6)
+    add_fit(folder, fit)
+    monkeypatch.setattr(Staging, "publish_folder", lambda *_: pytest.fail("the fit is not there for a while"))
+    again = fit_store(StoredImages(folder), sample=16, top_k=6)
+    add_fit(folder, again)
+    assert folder.fit().created == again.created > fit.created
+
+
+def test_a_fit_of_no_numbers_is_not_kept(golden_resnet_store: Path) -> None:
+    folder = StoreFolder.open(golden_resnet_store)
+    fit = fit_store(StoredImages(folder), sample=16, top_k=7)
+    fit.arrays["means_0"][0, 0] = np.inf
+    with pytest.raises(PrecisionError, match="holds numbers past float32"):
+        add_fit(folder, fit)
+    assert fit.name not in folder.fit_names()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [10**7, 10**6]}, "not float32"),
+        ({"shape": "x"}, "is not the array that it should be"),
+        ({"data_type": "float64"}, "not float32"),
+    ],
+)
+def test_arrays_of_a_fit_that_are_not_what_they_should_be_are_named(
+    golden_resnet_store: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    shutil.copytree(golden_resnet_store, tmp_path / "store")
+    folder = StoreFolder.open(tmp_path / "store")
+    fit = fit_store(StoredImages(folder), sample=16, top_k=6)
+    add_fit(folder, fit)
+    file = folder.path / "fits" / fit.name / "means_0" / "zarr.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(DamagedStoreError, match=message):
+        folder.fit()
+
+
 def test_a_damaged_fit_is_named(ingest: Ingest) -> None:
     recipe = ingest.request.recipe.of(["neurons:2"], dtype="float16", precision="fp32")
     ingest(recipe=recipe)
@@ -167,7 +212,11 @@ def test_a_damaged_fit_is_named(ingest: Ingest) -> None:
 
 @pytest.mark.parametrize(
     ("sample", "top_k", "message"),
-    [(40, 40, "are all of them: fit more images, or add --top-k"), (1, 1, "tell nothing"), (40, 0, "tell nothing")],
+    [
+        (40, 40, "are all of them: fit more images, or add --top-k"),
+        (-5, 1, "--sample -5 tells nothing: give at least 2"),
+        (40, 0, "--top-k 0 tells nothing: give at least 1"),
+    ],
 )
 def test_samples_that_tell_nothing_are_refused(ingest: Ingest, sample: int, top_k: int, message: str) -> None:
     ingest(recipe=ingest.request.recipe.of(["neurons:2"], dtype="float16", precision="fp32"))

@@ -1,17 +1,22 @@
 """Neurons and pairs read from stores: the three levels agree, and any selection is that of the whole."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from schemas.errors import ComponentError, DamagedStoreError, PlanError, SelectionError, StoreMismatchError
 from schemas.recipe import Recipe
 from schemas.store import StoreFolder
 from services.fitting import fit_store
+from services.neurons import Neurons
 from services.store import Store, open_store
 from services.stored import StoredImages
 from services.verify import verify_checksums, verify_sample
@@ -40,7 +45,7 @@ def levels(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def _request(scenes: Path, store: Path, recipe: Recipe) -> object:
-    from workers.planning import Request  # noqa: PLC0415
+    from workers.request import Request  # noqa: PLC0415
 
     return Request(scenes, store, str(GOLDEN / "vit"), None, "default", recipe, "cpu", 8, 16)
 
@@ -194,9 +199,13 @@ def test_scores_need_a_fit_of_the_same_model_and_layers(ingest: Ingest, levels: 
         ingest(recipe=scores)
     with pytest.raises(PlanError, match=r"the fit in .* has no layer 1: it has 0, 2"):
         ingest(recipe=capturing("neurons:0-2", level="scores"), fit=fit)
-    with pytest.raises(StoreMismatchError, match="was made with another model than toy-vit"):
+    with pytest.raises(StoreMismatchError, match=r"the fit in .* was made otherwise: model weights .* asked for"):
         ingest(recipe=scores, fit=fit, model="toy-vit")
-    with pytest.raises(PlanError, match="leave out --fit"):
+    with pytest.raises(PlanError, match="has no layer 1"):
+        ingest(recipe=capturing("neurons:all", level="scores"), fit=fit)
+    with pytest.raises(StoreMismatchError, match="precision fp32 in the store, bf16 asked for"):
+        ingest(recipe=replace(scores, precision="bf16"), fit=fit)
+    with pytest.raises(PlanError, match="add --neurons scores, or leave out --fit"):
         ingest(recipe=capturing("neurons:0"), fit=fit)
     with pytest.raises(PlanError, match="only neurons can be kept as scores"):
         capturing("heads", level="scores")
@@ -217,6 +226,89 @@ def test_a_second_fit_does_not_enter_a_store_of_scores(ingest: Ingest, levels: d
         store.neurons(0, 1)
     with pytest.raises(ComponentError, match="fit a store that keeps coefficients"):
         fit_store(StoredImages(other), 40, 2)
+
+
+def test_a_run_of_scores_goes_on_after_its_fit_was_repeated_or_removed(
+    ingest: Ingest, levels: dict[str, Store], tmp_path: Path
+) -> None:
+    recipe, fit = capturing("neurons:0+2", level="scores"), tmp_path / "fit"
+    shutil.copytree(levels["coefficients"].folder.path, fit)
+    ingest(recipe=recipe, fit=fit)
+    folder = StoreFolder.open(fit)
+    add_fit(folder, fit_store(StoredImages(folder), sample=40, top_k=9))
+    ingest(recipe=recipe, fit=fit)
+    (fit / "fits" / levels["coefficients"].fits()[0] / "zarr.json").unlink()
+    with pytest.raises(StoreMismatchError, match=r"were made by the fit .* does not have: name another store"):
+        ingest(recipe=recipe, fit=fit)
+    shutil.rmtree(fit)
+    assert ingest(recipe=recipe, fit=fit).stored == 40
+
+
+def test_scores_whose_fit_is_gone_are_damaged(ingest: Ingest, levels: dict[str, Store]) -> None:
+    recipe = capturing("neurons:0+2", level="scores")
+    ingest(recipe=recipe, fit=levels["coefficients"].folder.path)
+    shutil.rmtree(ingest.request.store / "fits")
+    problems = verify_checksums(StoreFolder.open(ingest.request.store)).problems
+    assert len(problems) == 1
+    assert "has lost the fit" in problems[0]
+    with pytest.raises(DamagedStoreError, match="has lost the fit"):
+        ingest(recipe=recipe, batch="another")
+
+
+def test_a_fit_of_another_configuration_of_the_same_weights_is_refused(
+    ingest: Ingest, levels: dict[str, Store], tmp_path: Path
+) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(GOLDEN / "vit", twin)
+    config = json.loads((twin / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = not config["model_cfg"].get("quick_gelu", False)
+    (twin / "open_clip_config.json").write_text(json.dumps(config))
+    recipe = capturing("neurons:0+2", level="scores")
+    with pytest.raises(StoreMismatchError, match="model config"):
+        ingest(model=str(twin), recipe=recipe, fit=levels["coefficients"].folder.path)
+    config["model_cfg"]["vision_cfg"]["head_width"] = 4
+    (twin / "open_clip_config.json").write_text(json.dumps(config))
+    ingest()
+    with pytest.raises(StoreMismatchError, match="model config"):
+        ingest(model=str(twin))
+
+
+def test_scoring_that_does_not_fit_the_memory_is_refused_unless_forced(
+    ingest: Ingest, levels: dict[str, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.fit_planning._memory_bytes", lambda _: 100_000)
+    recipe, fit = capturing("neurons:0+2", level="scores"), levels["coefficients"].folder.path
+    with pytest.raises(PlanError, match=r"holds 0\.0 GB in memory, of 0\.0 GB: capture fewer layers at a time"):
+        ingest(recipe=recipe, fit=fit)
+    assert ingest(recipe=recipe, fit=fit, force=True).stored == 40
+
+
+@pytest.mark.parametrize("level", ["coefficients", "scores", "significant"])
+def test_empty_selections_are_empty(levels: dict[str, Store], level: str) -> None:
+    store = levels[level]
+    assert store.neurons(0, what="norms", images=[]).shape == (0, 256)
+    assert store.neurons(0, [], what="projections").shape == (40, 0)
+    assert store.significant(0, []).num_rows == 0
+    assert store.directions(0, neuron=[]).shape == (0, 32)
+
+
+def test_a_refit_in_between_does_not_mix_fits(
+    levels: dict[str, Store], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(levels["coefficients"].folder.path, tmp_path / "copy")
+    folder = StoreFolder.open(tmp_path / "copy")
+    store = open_store(folder.path)
+    whole = store.significant(0)
+    monkeypatch.setattr("workers.effects._BLOCK_BYTES", 20_000)
+    scores = Neurons.scores
+
+    def refitted(self: Neurons, *args: object) -> object:
+        add_fit(folder, fit_store(StoredImages(folder), sample=40, top_k=9))
+        monkeypatch.setattr(Neurons, "scores", scores)
+        return scores(self, *args)
+
+    monkeypatch.setattr(Neurons, "scores", refitted)
+    assert store.significant(0).num_rows == whole.num_rows == 6 * 256
 
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused_unless_forced(
@@ -243,6 +335,42 @@ def test_neurons_past_float16_are_an_error_that_names_them(ingest: Ingest, monke
     monkeypatch.setattr(VitDecomposition, "encode", loud)
     with pytest.raises(PrecisionError, match=r"neurons_2 reach .*, which overflows float16: use another store with"):
         ingest(recipe=capturing("neurons:2", dtype="float16"))
+
+
+def silenced(folder: Path, change: str) -> str:
+    """The golden transformer with five neurons of its second block that write nothing, or never fire."""
+    shutil.copytree(GOLDEN / "vit", folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "visual.transformer.resblocks.1.mlp."
+    if change == "mute":
+        weights[f"{name}c_proj.weight"][:, :5] = 0
+    else:
+        weights[f"{name}c_fc.weight"][:5] = 0
+        weights[f"{name}c_fc.bias"][:5] = 0
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("change", ["mute", "dead"])
+def test_neurons_that_do_nothing_are_significant_nowhere(ingest: Ingest, tmp_path: Path, change: str) -> None:
+    model = silenced(tmp_path / "model", change)
+    ingest(model=model, recipe=capturing("neurons:1", dtype="float16"))
+    folder = StoreFolder.open(ingest.request.store)
+    add_fit(folder, fit_store(StoredImages(folder), sample=40, top_k=6))
+    store = open_store(folder.path)
+    assert store.significant(1, slice(0, 5)).num_rows == 0
+    assert 251 * 6 <= store.significant(1, slice(5, None)).num_rows <= 251 * 6 * 1.02
+    assert (store.directions(1, neuron=slice(0, 5)) == 0).all()
+    assert (store.neurons(1, slice(0, 5), what="norms") == 0).all()
+    kept = tmp_path / "kept"
+    ingest(
+        store=kept, model=model, recipe=capturing("neurons:1", dtype="float16", level="significant"), fit=folder.path
+    )
+    assert open_store(kept).significant(1, slice(0, 5)).num_rows == 0
+    rows = open_store(kept).significant(1).num_rows
+    assert 251 * 6 <= rows <= 251 * 6 * 1.02, "coefficients were rounded, scores were not: none is lost for it"
+    recorded = sum(pq.read_table(file).num_rows for file in (kept / "significant/default").iterdir())
+    assert rows == recorded
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from schemas.errors import SpectrographError
 from schemas.recipe import Recipe
 from tests.conftest import Recorder
 from workers.ingest import run_ingest
-from workers.planning import Request, plan_ingest
+from workers.planning import plan_ingest
+from workers.request import Request
 
 
 def run(source: str, store: str, model: str) -> None:

@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_is_completed_to_the_same_bytes(
     if running.returncode != 0:  # it may have ended before the signal came
         assert running.returncode == code
         assert signum == signal.SIGKILL or errors == (
-            "error: interrupted; what was recorded is safe, and the same command goes on from there\n"
+            "error: interrupted; what was recorded is safe: run the same command again\n"
         )
     ingest(store=store, shard_images=8)
     assert_same(store, whole)

@@ -149,7 +149,9 @@ def test_scores_while_encoding_are_those_of_the_vectors() -> None:
         truth[layer] = np.linalg.norm(vectors, axis=2), np.einsum("bnd,nd->bn", vectors, directions)
     fit = Fit("m", "s", 9, 4, "now", (0, 1), len(every), (8, 4), 0, arrays)
     recipe = capturing("neurons:all")
-    scored = VitDecomposition(small(), recipe, fit=fit).encode(images)
+    scoring = VitDecomposition(small(), recipe)
+    scoring.score_by(fit)
+    scored = scoring.encode(images)
     assert "neurons_0" not in scored
     for layer in range(2):
         for name, expected in zip(("neuron_norms", "neuron_projections"), truth[layer], strict=True):
