@@ -1,6 +1,6 @@
 """What a store and its batches say about themselves, kept in the attributes of their Zarr groups."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
@@ -92,12 +92,13 @@ class Manifest:
         self, fingerprint: str, config: Mapping[str, Any], preprocessing: Mapping[str, Any]
     ) -> list[str]:
         """What would make another model write other numbers into this store, in words."""
-        pairs = [
-            ("model weights", self.model.fingerprint[:12], fingerprint[:12]),
-            ("model config", _plain(self.model.config), _plain(config)),
-            ("preprocessing", _plain(self.model.preprocessing), _plain(preprocessing)),
-        ]
-        return _differences(pairs)
+        weights = _differences([("model weights", self.model.fingerprint[:12], fingerprint[:12])])
+        if weights:
+            return weights  # the rest of another model is other, too
+        configs = _parts("model config", _plain(self.model.config), _plain(config))
+        return _differences(
+            [*configs, *_parts("preprocessing", _plain(self.model.preprocessing), _plain(preprocessing))]
+        )
 
     def recipe_differences(self, recipe: Recipe) -> list[str]:
         """What would make another recipe write other numbers into this store, in words."""
@@ -160,8 +161,17 @@ def typed(cls: type, values: Any, without: Collection[str] = ()) -> dict[str, An
     return found
 
 
-def _differences(pairs: list[tuple[str, Any, Any]]) -> list[str]:
+def _differences(pairs: Iterable[tuple[str, Any, Any]]) -> list[str]:
     return [f"{what} {here} in the store, {there} asked for" for what, here, there in pairs if here != there]
+
+
+def _parts(what: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Both sides of a nested mapping, value by value."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in sorted({*here, *there}):
+            yield from _parts(f"{what} {key}", here.get(key), there.get(key))
+    else:
+        yield what, here, there
 
 
 def _plain(value: Any) -> Any:
