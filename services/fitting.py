@@ -23,7 +23,7 @@ from schemas.fits import Fit
 from services.neurons import Neurons
 from services.reading import Indices
 from services.stored import StoredImages
-from workers.effects import blocks, factors
+from workers.effects import blocks, factors, small_matrices
 
 # Thresholds lie below the image that makes them by what rounding may move it, so that it is found again; and a neuron
 # that changes by no more than rounding is significant nowhere.
@@ -110,7 +110,8 @@ def fit_store(stored: StoredImages, sample: int, top_k: int, fitted: Callable[[i
             some = np.arange(block.start, block.stop)
             read = neurons.coefficients(layer, some, chosen).astype(np.float64) * scale  # (S, n, R)
             numbers = np.ascontiguousarray(read.swapaxes(0, 1))  # (n, S, R)
-            parts.append(fit_neurons(numbers, factors(effects, some), top_k, margin))
+            with small_matrices():
+                parts.append(fit_neurons(numbers, factors(effects, some), top_k, margin))
             fitted(len(some))
         arrays[f"means_{layer}"] = np.concatenate([part.means for part in parts]).astype(np.float32)
         arrays[f"directions_{layer}"] = np.concatenate([part.directions for part in parts]).astype(np.float32)

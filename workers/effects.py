@@ -7,19 +7,22 @@ Gandelsman, 2025). Each row passes through its head's few dimensions, so two sma
 Letters: N neurons, n some of them, R rows of a neuron, W residual width, E coefficients of a head, D joint space.
 """
 
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from schemas.manifest import Sizes
 from schemas.recipe import Recipe
 
 PERCENT: Final = 100.0  # the references give second-order effects in percent of the representation's norm
 
-_BLOCK_BYTES: Final = 64 * 1024**2
+_BLOCK_BYTES: Final = 32 * 1024**2
 _JITTER: Final = 1e-12  # of the mean square of a neuron's rows: rows that depend on each other have a factor, too
 
 Floats = NDArray[np.float32]
@@ -96,17 +99,27 @@ def rows(effects: Effects, neurons: Indices) -> Floats:
 def factors(effects: Effects, neurons: Indices) -> Doubles:
     """Lower triangles ``F`` with ``F F^T = rows rows^T``, so that ``|c @ rows| = |c @ F|``. (n, R, R)
 
-    Made in blocks, so that no more than these is ever held.
+    Made in blocks, one to a core, so that little more than these is ever held.
     """
     count = len(effects.heads)
     found = np.empty((len(neurons), count, count))
-    for block in blocks(len(neurons), effects.heads[..., 0, :].nbytes * 2):
+
+    def factorise(block: slice) -> None:
         some = rows(effects, neurons[block]).astype(np.float64)  # (n, R, D)
         gram = some @ some.swapaxes(1, 2)  # (n, R, R)
         mean = np.trace(gram, axis1=1, axis2=2) / count  # (n,)
         gram += np.where(mean > 0, _JITTER * mean, 1)[:, None, None] * np.eye(count)
         found[block] = np.linalg.cholesky(gram) * (mean > 0)[:, None, None]  # one that writes nothing has no length
+
+    with small_matrices(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(factorise, blocks(len(neurons), effects.heads[..., 0, :].nbytes * 2)):
+            pass
     return found
+
+
+def small_matrices() -> threadpool_limits:
+    """A context for products and factors of many small matrices, on which threads cost several times what they give."""
+    return threadpool_limits(1, user_api="blas")
 
 
 def blocks(neurons: int, each_bytes: int) -> Iterator[slice]:
