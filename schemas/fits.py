@@ -20,7 +20,7 @@ from schemas.recipe import Recipe
 _NAME_LENGTH: Final = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """A fit, with or without its arrays."""
 
@@ -34,6 +34,10 @@ class Fit:
     coefficients: tuple[int, ...]  # numbers per neuron, by layer
     heads: int  # of the pairs; 0 where the model has none
     arrays: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<Fit {self.name}: of {self.images} images, the {self.top_k} largest of each neuron; layers {layers}>"
 
     @property
     def name(self) -> str:

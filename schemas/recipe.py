@@ -21,8 +21,8 @@ DTYPES: Final = ("float16", "float32")
 PRECISIONS: Final = ("fp32", "bf16", "fp16")
 LEVELS: Final[Mapping[str, str]] = {
     "coefficients": "all that rebuilds each contribution",
-    "scores": "after a fit, the centred norm and the projection on the neuron's direction",
-    "significant": "after a fit, the scores of the images over the neuron's threshold",
+    "scores": "the norm of what is beyond the mean, and its projection on the neuron's direction",
+    "significant": "scores of the images over the neuron's threshold",
 }
 
 _ALL: Final = "all"
@@ -44,6 +44,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.capture if name.partition(":")[0] not in CAPTURES]
+        if unknown and all(_SPAN.fullmatch(name) for name in unknown):
+            raise PlanError(f"layers are joined by '+': write neurons:1+{unknown[0]}, not neurons:1,{unknown[0]}")
         if unknown or not self.capture:
             raise PlanError(f"cannot capture {', '.join(unknown) or 'nothing'}: choose from {', '.join(CAPTURES)}")
         if self.dtype not in DTYPES:
@@ -52,6 +54,8 @@ class Recipe:
             raise PlanError(f"cannot run the model in {self.precision}: choose from {', '.join(PRECISIONS)}")
         if self.level not in LEVELS:
             raise PlanError(f"cannot keep neurons as {self.level!r}: choose from {', '.join(LEVELS)}")
+        if self.level != "coefficients" and "pairs" in self.capture:
+            raise PlanError(f"a pair is one number, so there are no {self.level} of it to keep: leave out --neurons")
         if self.level != "coefficients" and not self._layers_text("neurons"):
             raise PlanError(f"only neurons can be kept as {self.level}: add neurons:LAYERS to the capture")
 
@@ -93,7 +97,8 @@ class Recipe:
                 layers = self.layers(name, most[name])
                 if not layers or layers[-1] >= most[name]:
                     where = f"layers 0 to {most[name] - 1} of this model have" if most[name] else "no layer of it has"
-                    raise PlanError(f"cannot capture {text}: {where} such neurons")
+                    why = ", for no attention follows the last one" if name == "neurons" else ""
+                    raise PlanError(f"cannot capture {text}: {where} such neurons{why}")
                 text = f"{name}:{_written(layers)}"  # noqa: PLW2901
             names.append(text)
         return replace(self, capture=tuple(names))

@@ -178,7 +178,10 @@ class StoreFolder:
             DamagedStoreError: some of it is missing or changed.
         """
         fit = self.fit_description(name)
-        return fit.with_arrays({spec.name: self._static(f"{FITS}/{fit.name}", spec) for spec in fit.specs()})
+        try:
+            return fit.with_arrays({spec.name: self._static(f"{FITS}/{fit.name}", spec) for spec in fit.specs()})
+        except DamagedStoreError as error:
+            raise DamagedStoreError(f"{error}; remove {self.path / FITS / fit.name} and fit again") from error
 
     def fit_description(self, name: str | None = None) -> Fit:
         """The same without its arrays."""
@@ -187,8 +190,8 @@ class StoreFolder:
             raise DamagedStoreError(f"{self.path} has lost the fit {made_by} that made its scores: restore its {FITS}")
         if not names or (name is not None and name not in names):
             known = f"; it has {', '.join(names)}" if names else ": make one with 'spectrograph fit'"
-            raise SelectionError(f"{self.path} has no fit{f' {name!r}' if name else ''}{known}")
-        fit = self._fit(name or names[-1])
+            raise SelectionError(f"{self.path} has no fit{'' if name is None else f' {name!r}'}{known}")
+        fit = self._fit(names[-1] if name is None else name)
         if lacking := fit.lacks(self.manifest.recipe, self.manifest.model):
             raise DamagedStoreError(f"{self.path / FITS / fit.name} is not of this store: it has {lacking}")
         return fit
@@ -225,7 +228,8 @@ class StoreFolder:
         try:
             values = np.asarray(array[...], np.float32)
         except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-            raise DamagedStoreError(f"{place} is damaged: {error}") from error
+            reason = str(error).partition(". Stored")[0]  # zarr goes on with the raw bytes of both checksums
+            raise DamagedStoreError(f"{place} is damaged: {reason}") from error
         if not np.isfinite(values).all():
             raise DamagedStoreError(f"{place} is damaged: parts of it were never written, or are gone")
         return values

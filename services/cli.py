@@ -39,7 +39,7 @@ def cli() -> None:
     """Cache what each part of a CLIP image encoder adds to the representation of each image."""
 
 
-@cli.command()
+@cli.command(short_help="Encode images and write contributions to a store.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
@@ -52,7 +52,8 @@ def cli() -> None:
     default="heads,mlps",
     show_default=True,
     metavar="A,B",
-    help=f"Among {', '.join(CAPTURES)}; {' and '.join(LAYERED)} with their layers, as in neurons:8-10 or neurons:all.",
+    help=f"Among {', '.join(CAPTURES)}; {' and '.join(LAYERED)} with their layers, as in neurons:8-10, neurons:1+4 or "
+    "neurons:all; of a ResNet, pairs.",
 )
 @click.option(
     "--neurons",
@@ -60,7 +61,8 @@ def cli() -> None:
     default="coefficients",
     show_default=True,
     type=click.Choice(list(LEVELS)),
-    help="What to keep of neurons; scores need a fit.",
+    help="What to keep of neurons: all that rebuilds their contributions; or, with --fit, two scores each; or those "
+    "of significant images alone.",
 )
 @click.option(
     "--fit",
@@ -92,7 +94,7 @@ def ingest(source: Path, store: Path, **options: Any) -> None:
     ingest_and_show(new_console(), source, store, recipe, **options)
 
 
-@cli.command()
+@cli.command(short_help="Say what a store holds.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--failures", is_flag=True, help="List the images that could not be stored, and why.")
 def info(store: Path, failures: bool) -> None:
@@ -104,7 +106,7 @@ def info(store: Path, failures: bool) -> None:
     show_failures(new_console(), opened) if failures else show_info(new_console(), opened)
 
 
-@cli.command()
+@cli.command(short_help="Check a store against its checksums and model.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sample", default=16, show_default=True, metavar="N", help="Images to encode anew; 0 for none.")
 @click.option("--device", default="cpu", show_default=True, help="Where to encode them.")
@@ -115,24 +117,25 @@ def verify(store: Path, sample: int, device: str) -> None:
     console = new_console()
     opened = open_store(store)
     if not verify_and_show(console, opened.folder.path, sample, device):
-        raise SpectrographError(f"{store} is damaged: ingest its images into a new store")
+        raise SpectrographError(f"{store} is damaged: mend what is named, or ingest its images into a new store")
 
 
-@cli.command()
+@cli.command(short_help="Learn what the neurons of a store do.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sample", default=5000, show_default=True, metavar="N", help="Images to learn from, at most.")
 @click.option(
     "--top-k", default=100, show_default=True, metavar="N", help="Images of each neuron that count as significant."
 )
 def fit(store: Path, sample: int, top_k: int) -> None:
-    """Learn means, importance thresholds and directions of the neurons and pairs in STORE, and keep them there.
+    """Learn what the neurons and pairs in STORE do on average, from where on they matter, and in which direction.
 
-    With them a store answers with norms and projections, and --fit STORE makes a larger ingest keep those alone.
+    The fit is kept in STORE, which then answers with norms and projections. For a transformer's neurons, a larger
+    ingest with --neurons scores --fit STORE keeps those alone. As a rule of thumb, --top-k is 2% of the images.
     """
     fit_and_show(new_console(), store, sample, top_k)
 
 
-@cli.command()
+@cli.command(short_help="Try it all on a small drawn world.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("demo"))
 @click.option("--images", default=1200, show_default=True, metavar="N", help="Scenes to draw.")
 def demo(folder: Path, images: int) -> None:

@@ -124,6 +124,7 @@ def _show_findings(console: Console, folder: Path, place: Path, pairs: Path) -> 
     selective_pairs = {task.name: most_selective(resnet, task, SELECTIVE) for task in pair_tasks}
     console.print("\nWhat single neurons and pairs are significant for", style="bold")
     console.print(_selective(tasks, selective, selective_pairs))
+    console.print(" (A direction is where the effect points. A neuron may speak against what it is significant for.)")
     write_page(folder, store, tasks, Findings(losses, retrievals, selective, selective_pairs))
 
 

@@ -65,10 +65,11 @@ encoder.</p>
 {_losses(tasks, findings.losses)}
 {sections}
 <h2>What single neurons are significant for</h2>
-<p>A neuron of an MLP adds to the representation through the heads of later layers. Of the images in which it adds the
-most, 2% of all, the first {_SHOWN} are shown; those that do not share what most of them share are pale. The neurons are
-those that agree the most on each attribute, and the word is the one whose text lies the most along the neuron's
-direction.</p>
+<p>A neuron of an MLP adds to the representation through the heads of later layers. It is significant for the 2% of
+images in which that differs the most from its mean; the first {_SHOWN} are shown, and those that do not share what most
+of them share are pale. The neurons are those whose images agree the most on each attribute. The other word is the one
+whose text lies the most along the neuron's direction, which is where its effect points: it may be another one, for a
+neuron may also speak against what it is significant for.</p>
 {neurons}
 <h2>What neuron-head pairs of a ResNet are significant for</h2>
 <p>The same of another model, from <code>pairs/</code>: what one head of its attention pool reads of one channel is a

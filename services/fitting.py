@@ -173,7 +173,7 @@ def _sample(stored: StoredImages, sample: int, top_k: int) -> Indices:
     if top_k >= images:
         raise PlanError(
             f"the {top_k} largest of {images} images are all of them: fit more images, or add --top-k "
-            f"{max(1, images // 50)}"
+            f"{max(2, images // 50)}"
         )
     return np.sort(np.random.default_rng(_SEED).permutation(count)[:images])
 

@@ -25,11 +25,13 @@ def show_info(console: Console, store: Store) -> None:
         "recipe": f"{', '.join(recipe.capture)} as {recipe.dtype}, model in {recipe.precision}",
     }
     if recipe.layers("neurons"):
-        made = f", by the fit {recipe.fit}" if recipe.fit else ""
-        lines["neurons"] = f"{recipe.level}: {LEVELS[recipe.level]}{made}"
+        made = f" by the fit {recipe.fit}" if recipe.fit else ""
+        lines["neurons"] = f"kept as {recipe.level}{made}: {LEVELS[recipe.level]}"
     for name in store.fits():
         fit = store.folder.fit_description(name)
-        lines[f"fit {name}"] = f"of {fit.images} images, the {fit.top_k} largest of each neuron, made {fit.created}"
+        lines[f"fit {name}"] = (
+            f"of {fit.images} images, the {fit.top_k} largest of each neuron, made {fit.created[:19]}"
+        )
     for name, text in lines.items():
         console.print(f"{name:8} {text}")
     console.print(_batches(store))

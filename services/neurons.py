@@ -119,7 +119,7 @@ class Neurons:
         made_by = self._stored.manifest.recipe.fit
         if made_by is not None and name not in (None, made_by):
             raise SelectionError(f"the scores in {self._stored.folder.path} were made by the fit {made_by}, not {name}")
-        wanted = name or made_by or self._stored.folder.fit_description().name
+        wanted = name if name is not None else made_by or self._stored.folder.fit_description().name
         if wanted not in self._fits:
             self._fits[wanted] = self._stored.folder.fit(wanted)
         return self._fits[wanted]
@@ -240,11 +240,13 @@ class Neurons:
 
     def _one_of(self, layers: tuple[int, ...], asked: int | None, what: str) -> int:
         place, known = self._stored.folder.path, ", ".join(map(str, layers))
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int | np.integer)):
+            raise SelectionError(f"{asked!r} is no layer: give one number of {known}")
         if asked is None and len(layers) > 1:
             raise SelectionError(f"{place} holds {what} of layers {known}: name one")
         if asked is not None and asked not in layers:
             raise ComponentError(f"{place} holds no {what} of layer {asked}; it holds those of {known}")
-        return layers[0] if asked is None else asked
+        return layers[0] if asked is None else int(asked)
 
     def _blocks(self, effects: Effects, neurons: int) -> Iterator[slice]:
         """Some neurons at a time, so that their rows take a bounded memory."""

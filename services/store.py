@@ -196,7 +196,7 @@ class Store:
             neuron: which of its neurons.
             what: ``contributions`` (N, n, D); or, with a fit and always in the references' view, ``norms`` of what they
                 are beyond their mean, or ``projections`` of that on the neurons' directions, (N, n). Where only
-                significant scores are kept, the others are NaN.
+                significant scores are kept, the others are NaN. Of a ResNet they are absolute, as in the papers.
             effect: ``second-order``, or ``direct``, through no other part of the model.
             images: which images, in which order.
             view: of contributions.
@@ -247,7 +247,7 @@ class Store:
         return squeeze(found, neuron, head)
 
     def directions(
-        self, layer: int | None = None, *, neuron: Index = None, head: Index = None, fit: str | None = None
+        self, layer: int | None = None, neuron: Index = None, *, head: Index = None, fit: str | None = None
     ) -> Contributions:
         """Unit vectors along which neurons contribute where they are significant. (n, D), or of pairs (n, h, D)
 
@@ -266,7 +266,9 @@ class Store:
     def significant(
         self, layer: int | None = None, neuron: Index = None, *, head: Index = None, fit: str | None = None
     ) -> pa.Table:
-        """The images in which neurons are significant: image_id, layer, neuron, norm, projection; the largest first.
+        """The images in which neurons are significant: image_id, layer, neuron, norm, projection.
+
+        Sorted by neuron, the largest norm of each first.
 
         ``head``, a number or ``slice(None)``, asks for pairs: head in place of layer. Raises as `neurons` does.
         """

@@ -70,8 +70,14 @@ def fit_and_show(console: Console, store: Path, sample: int, top_k: int) -> None
     with count_progress(console, "neurons", total) as fitted:
         fit = fit_store(stored, sample, top_k, fitted)
     add_fit(stored.folder, fit)
+    if fit.top_k > fit.images // 10:
+        console.print(
+            f"note     {fit.top_k} of {fit.images} images count as significant for each neuron; the papers take 2%: "
+            f"--top-k {max(2, fit.images // 50)}"
+        )
+    unit = "" if fit.heads else " (% of the representation's norm)"
     table = Table("layer", box=None, pad_edge=False, header_style="bold")
-    for column in ("neurons", "threshold, median", "first component, median", "tenth", "nine tenths"):
+    for column in ("neurons", f"median threshold{unit}", "explained by one direction: median", "10%", "90%"):
         table.add_column(column, justify="right")
     for layer in fit.layers:
         low, middle, high = np.quantile(fit.explained(layer), [0.1, 0.5, 0.9])
@@ -142,7 +148,10 @@ def verify_and_show(console: Console, store: Path, sample: int, device: str) -> 
             console.print(f"largest difference from the stored output: {found.representation:.1e}")
         if found.total is not None:
             console.print(f"largest difference from the sum of contributions: {found.total:.1e}")
+        if opened.manifest.recipe.output_layers:
+            console.print("neurons were checked by their checksums alone: they are no terms of that sum")
     for problem in problems:
         console.print(f"problem: {problem}")
-    console.print(f"{len(problems)} problems" if problems else "all is well")
+    counted = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    console.print(counted if problems else "all is well")
     return not problems

@@ -1,8 +1,9 @@
 """Does a store still say what it said? Checksums of all that is recorded, and a sample of images encoded anew."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -153,13 +154,18 @@ def _encode(loaded: LoadedModel, pixels: torch.Tensor, precision: str) -> NDArra
 
 
 def _static_problems(folder: StoreFolder) -> Iterator[str]:
+    made_by = folder.manifest.recipe.fit
+    reads: list[Callable[[], object]] = [folder.basis]
     try:
-        folder.basis()
-        made_by = folder.manifest.recipe.fit
-        for name in {*folder.fit_names(), *([made_by] if made_by else [])}:
-            folder.fit(name)
+        names = {*folder.fit_names(), *([made_by] if made_by else [])}
+        reads += [partial(folder.fit, name) for name in sorted(names)]
     except DamagedStoreError as error:
         yield str(error)
+    for read in reads:
+        try:
+            read()
+        except DamagedStoreError as error:
+            yield str(error)
 
 
 def _shard_problems(folder: StoreFolder, batch: str, shard: int) -> Iterator[str]:

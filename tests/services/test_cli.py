@@ -73,7 +73,7 @@ def test_verify_of_a_damaged_store_names_the_file_and_fails(run: Run, scenes: Pa
     (store / "batches/default/mlps/c/0/0/0").unlink()
     code, out, err = run("verify", store)
     assert code == 1
-    assert "mlps/c/0/0/0 is missing\n1 problems\n" in out
+    assert "mlps/c/0/0/0 is missing\n1 problem\n" in out
     assert err.startswith("error: ")
 
 
@@ -91,7 +91,7 @@ def test_fit_says_what_it_learnt_and_scores_follow_from_it(run: Run, scenes: Pat
     )
     assert code == 0
     code, out, _ = run("info", scores)
-    assert "neurons  significant: " in out
+    assert re.search(r"neurons  kept as significant by the fit [0-9a-f]{12}: scores of the images over", out)
     assert re.search(r"fit [0-9a-f]{12} of 40 images", out)
     assert run("verify", scores)[0] == 0
     code, _, err = run("fit", scores)
@@ -113,6 +113,8 @@ def test_fit_says_what_it_learnt_and_scores_follow_from_it(run: Run, scenes: Pat
             ("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:3"),
             "layers 0 to 2 of this model have",
         ),
+        (("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:1,2"), "write neurons:1+2, not neurons:1,2"),
+        (("ingest", "SCENES", "STORE", *VIT, "--capture", "pairs", "--neurons", "scores"), "leave out --neurons"),
         (("ingest", "SCENES", "STORE", *VIT, "--capture", "pairs"), "cannot capture pairs of a transformer"),
         (("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:1", "--neurons", "scores"), "only by a fit"),
         (("ingest", "SCENES", "STORE", *VIT, "--capture", "neurons:1", "--fit", "nowhere"), "leave out --fit"),

@@ -378,6 +378,10 @@ def test_neurons_that_do_nothing_are_significant_nowhere(ingest: Ingest, tmp_pat
     [
         (lambda s: s.neurons(), SelectionError, "holds neurons of layers 0, 2: name one"),
         (lambda s: s.neurons(1), ComponentError, "holds no neurons of layer 1; it holds those of 0, 2"),
+        (lambda s: s.neurons([0, 2]), SelectionError, r"\[0, 2\] is no layer: give one number of 0, 2"),
+        (lambda s: s.significant(2.0), SelectionError, "2.0 is no layer"),
+        (lambda s: s.neurons(True), SelectionError, "True is no layer"),
+        (lambda s: s.fit(""), SelectionError, "has no fit"),
         (lambda s: s.neurons(0, 256), SelectionError, "there is no neuron 256"),
         (lambda s: s.neurons(0, what="weights"), SelectionError, "'weights' is nothing to ask of a neuron"),
         (lambda s: s.neurons(0, effect="third"), SelectionError, "'third' is no effect"),
@@ -401,6 +405,19 @@ def test_a_resnet_has_no_heads_or_mlps(golden_resnet_store: Path) -> None:
         store.heads()
     with pytest.raises(ComponentError, match="captured pairs, not direct"):
         store.neurons(neuron=3, effect="direct")
+
+
+def test_every_damaged_fit_is_named_with_the_way_out(levels: dict[str, Store], tmp_path: Path) -> None:
+    folder = StoreFolder.open(shutil.copytree(levels["coefficients"].folder.path, tmp_path / "copy"))
+    add_fit(folder, fit_store(StoredImages(folder), sample=40, top_k=9))
+    for name in folder.fit_names():
+        chunk = folder.path / "fits" / name / "means_2" / "c" / "0" / "0"
+        data = bytearray(chunk.read_bytes())
+        data[len(data) // 2] ^= 1
+        chunk.write_bytes(data)
+    problems = verify_checksums(folder).problems
+    assert len(problems) == 2
+    assert all(problem.endswith(" and fit again") and "b'" not in problem for problem in problems)
 
 
 def test_norms_without_a_fit_name_the_way_out(ingest: Ingest) -> None:
