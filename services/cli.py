@@ -83,10 +83,11 @@ def cli() -> None:
 @click.option("--batch-size", default=32, show_default=True, metavar="N", help="Images encoded at once.")
 @click.option("--force", is_flag=True, help="Start also where the disk seems too small.")
 def ingest(source: Path, store: Path, **options: Any) -> None:
-    """Encode the images in the folder SOURCE and write their contributions to STORE.
+    """Encode the images of SOURCE and write their contributions to STORE.
 
-    Sub-folders become labels; the columns of a metadata.csv or metadata.parquet with a file_name column are kept. Run
-    again, the same command goes on where it stopped.
+    SOURCE is a folder (sub-folders become labels; the columns of a metadata.csv or metadata.parquet with a file_name
+    column are kept), WebDataset tars like 'shard-{000..999}.tar', Parquet files that hold images, or a CSV or Parquet
+    list of files. Run again, the same command goes on where it stopped.
     """
     capture = [name.strip() for name in options.pop("capture").split(",") if name.strip()]
     kept = {name: options.pop(name) for name in ("dtype", "precision", "level")}
@@ -133,6 +134,26 @@ def fit(store: Path, sample: int, top_k: int) -> None:
     ingest with --neurons scores --fit STORE keeps those alone. As a rule of thumb, --top-k is 2% of the images.
     """
     fit_and_show(new_console(), store, sample, top_k)
+
+
+@cli.command(short_help="Remove a batch from a store.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--batch", required=True, metavar="NAME", help="Which batch.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def drop(store: Path, batch: str, yes: bool) -> None:
+    """Remove a batch from STORE, with all that was computed of its images; their files stay where they are."""
+    from schemas.store import StoreFolder
+    from services.sizes import human
+    from workers.shards import drop_batch
+
+    folder = StoreFolder.open(store)
+    images = folder.batch(batch).images
+    shards = folder.shards(batch)
+    size = sum(digest.bytes for shard in shards for digest in folder.digests(batch, shard).values())
+    if not yes and not click.confirm(f"Remove batch {batch!r} of {images} images, {human(size)}, from {store}?"):
+        raise SpectrographError("nothing was removed")
+    drop_batch(folder, batch)
+    click.echo(f"removed batch {batch!r} of {images} images, {human(size)}")
 
 
 @cli.command(short_help="Try it all on a small drawn world.")

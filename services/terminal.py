@@ -118,10 +118,10 @@ def _show_plan(console: Console, plan: "Plan") -> None:
         lines["scoring"] = f"by the fit {plan.fit.name} of {plan.fit.images} images; it holds {human(held)} in memory"
     for name, text in lines.items():
         console.print(f"{name:8} {text}")
-    for name in plan.listing.unmatched[:3]:
-        console.print(f"note     the metadata names {name!r}, which is not in the folder")
-    if len(plan.listing.unmatched) > 3:
-        console.print(f"note     and {len(plan.listing.unmatched) - 3} more")
+    for note in plan.listing.notes[:3]:
+        console.print(f"note     {note}")
+    if len(plan.listing.notes) > 3:
+        console.print(f"note     and {len(plan.listing.notes) - 3} more like these")
 
 
 def verify_and_show(console: Console, store: Path, sample: int, device: str) -> bool:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import DamagedStoreError, StoreMismatchError
+from schemas.errors import DamagedStoreError, SourceError, StoreMismatchError
 from schemas.store import StoreFolder
 from services.store import Store
-from workers.decoding import decode_file
+from workers.decoding import Decoded, FileFacts, decode_image
 from workers.models import LoadedModel, load_model
 from workers.precision import autocast
-from workers.sources import as_path
+from workers.sources.opening import place_of
 
 # How far a sum over the stored parts may be from the representation, relative to it: the precision of the model's
 # arithmetic, plus half a unit in the last place of each stored part.
@@ -91,7 +91,7 @@ def verify_sample(store: Store, count: int, device: str) -> Sample:
 def _sample_some(store: Store, loaded: LoadedModel, chosen: NDArray[np.intp]) -> Sample:
     pixels, names = [], []
     for row in store.images().take(chosen).to_pylist():
-        decoded = decode_file(as_path(row["source"]), loaded.preprocess)
+        decoded = _decoded(row["source"], loaded)
         if decoded.pixels is not None and decoded.facts.sha256 == row["sha256"]:
             pixels.append(decoded.pixels)
             names.append(row["image_id"])
@@ -99,6 +99,13 @@ def _sample_some(store: Store, loaded: LoadedModel, chosen: NDArray[np.intp]) ->
         return Sample(0, len(chosen), 0.0, None, ())
     anew = _encode(loaded, torch.stack(pixels), store.manifest.recipe.precision)  # (N, D)
     return _compare(store, names, anew, len(chosen) - len(names))
+
+
+def _decoded(source: str, loaded: LoadedModel) -> Decoded:
+    try:
+        return decode_image(place_of(source), loaded.preprocess)
+    except (OSError, SourceError) as error:  # its container is gone, or was cut short
+        return Decoded(FileFacts(error=str(error)), None)
 
 
 def _compare(store: Store, names: list[str], anew: NDArray[np.float32], unavailable: int) -> Sample:

@@ -13,6 +13,7 @@ from workers.decoding import Decoded, FileFacts
 from workers.ingest import Outcome, run_ingest
 from workers.planning import plan_ingest
 from workers.request import Request
+from workers.sources.listing import Place
 from workers.toyworld.attributes import World
 from workers.toyworld.scenes import scene
 
@@ -62,14 +63,14 @@ def ingest_inputs(inputs: np.ndarray, folder: Path, model: str, capture: list[st
     for index in range(len(inputs)):
         (source / f"{index:02d}").write_text("an input of the golden data")
 
-    def decoded(path: bytes, _: object) -> Decoded:
-        index = int(Path(path.decode()).name)
+    def decoded(place: Place, _: object) -> Decoded:
+        index = int(Path(place.source).name)
         return Decoded(FileFacts(f"{index:064x}", 1, "golden", 32, 32), torch.from_numpy(inputs[index]))
 
     recipe = Recipe.of(capture, dtype="float32", precision="fp32")
     request = Request(source, folder / "store", str(GOLDEN / model), None, "default", recipe, "cpu", batch_size, 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.ingest.decode_file", decoded)
+        patch.setattr("workers.ingest.decode_image", decoded)
         Ingest(request)()
     return folder / "store"
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -17,9 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from schemas.errors import SourceError
-from workers.sources import is_regular
+from workers.sources.listing import MAX_FILE_BYTES, Place, UnreadableError
 
-MAX_FILE_BYTES: Final = 1024**3
 MAX_PIXELS: Final = 100_000_000
 MAX_ASPECT: Final = 500
 
@@ -81,23 +79,21 @@ class UnusableImageError(ValueError):
     """An image that opens, but that is not worth or not safe to decode."""
 
 
-def decode_file(path: bytes, preprocess: Preprocess) -> Decoded:
-    """Reads and preprocesses one image; what is wrong with the file is told in ``facts.error``.
+def decode_image(place: Place, preprocess: Preprocess) -> Decoded:
+    """Reads and preprocesses one image; what is wrong with it is told in ``facts.error``.
 
     Raises:
         SourceError: this machine lacks the memory or the file handles to read it.
     """
     try:
-        if not is_regular(path):
-            return Decoded(FileFacts(error="not a regular file"), None)
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        return decode(data, preprocess)
+        return decode(place.read(), preprocess)
     except MemoryError as error:
-        raise SourceError(f"not enough memory for {os.fsdecode(path)}: ingest with fewer things beside it") from error
+        raise SourceError(f"not enough memory for {place.source}: ingest with fewer things beside it") from error
+    except UnreadableError as error:
+        return Decoded(FileFacts(error=str(error)), None)
     except OSError as error:
         if error.errno in _SHORTAGES:
-            raise SourceError(f"cannot read {os.fsdecode(path)} now: {error.strerror}") from error
+            raise SourceError(f"cannot read {place.source} now: {error.strerror}") from error
         return Decoded(FileFacts(error=f"cannot be read: {error.strerror or error}"), None)
 
 

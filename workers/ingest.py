@@ -21,10 +21,9 @@ from schemas.errors import BusyStoreError, PrecisionError
 from schemas.layout import ArraySpec
 from schemas.store import StoreFolder
 from schemas.tables import SIGNIFICANT_COLUMNS, image_schema
-from workers.decoding import Decoded, FileFacts, decode_file
+from workers.decoding import Decoded, FileFacts, decode_image
 from workers.planning import Plan
 from workers.shards import ShardContent, create_batch, create_store, write_shard
-from workers.sources import as_text
 from workers.staging import Staging, staging
 
 _WINDOW_BATCHES: Final = 3
@@ -110,7 +109,7 @@ def _decoded(plan: Plan) -> Generator[Decoded, None, None]:
     decoders = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "decode")
     try:
         for row in rows:
-            window.append(decoders.submit(decode_file, plan.listing.path(row), plan.loaded.preprocess))
+            window.append(decoders.submit(decode_image, plan.listing.place(row), plan.loaded.preprocess))
             if len(window) > _WINDOW_BATCHES * plan.request.batch_size:
                 yield window.popleft().result()
         while window:
@@ -157,14 +156,14 @@ class _Shard:
     def _table(self, plan: Plan) -> pa.Table:
         """The shard's image table."""
         listing, batch = plan.listing, plan.request.batch
-        names = [listing.name(row) for row in self.rows]
+        names = listing.names(self.rows)
         facts = {field.name: [getattr(fact, field.name) for fact in self.facts] for field in fields(FileFacts)}
         columns = {
             "image_id": [f"{batch}/{name}" for name in names],
             "batch": [batch] * len(names),
             "row": list(self.rows),
-            "source": [as_text(listing.path(row)) for row in self.rows],
-            "label": listing.labels[self.rows.start : self.rows.stop],
+            "source": [listing.place(row).source for row in self.rows],
+            "label": listing.labels.slice(self.rows.start, len(self.rows)),
             **facts,
         }
         extra = listing.extra.slice(self.rows.start, len(self.rows))

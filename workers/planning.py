@@ -36,7 +36,8 @@ from workers.fit_planning import check_scoring, checked_fit, find_fit
 from workers.models import LoadedModel, load_model
 from workers.request import Request
 from workers.resnet import ResnetDecomposition
-from workers.sources import Listing, list_folder
+from workers.sources.listing import Listing
+from workers.sources.opening import list_source
 from workers.vit import VitDecomposition
 
 _DEVICES: Final = ("cpu", "cuda", "mps")
@@ -96,7 +97,7 @@ def plan_ingest(request: Request) -> Plan:
     _check(request)
     device = _device(request.device)
     folder = _open(request.store)
-    listing = list_folder(request.source)
+    listing = list_source(request.source)
     digest = listing.digest()
     known = folder is not None and request.batch in folder.batch_names()
     recipe = request.recipe

@@ -136,6 +136,23 @@ def create_batch(folder: StoreFolder, area: Staging, name: str, batch: Batch) ->
     area.publish_folder(draft, folder.path / BATCHES / name)
 
 
+def drop_batch(folder: StoreFolder, name: str) -> None:
+    """Removes a batch: its records first, so that what is left of a removal that was stopped is a batch without shards.
+
+    Raises:
+        SelectionError: there is no such batch.
+        BusyStoreError: another process is writing to it.
+        StoreWriteError: the disk refused; the same call completes the removal.
+    """
+    folder.batch(name)
+    with staging(folder.path, name) as area, refusals(folder.path):
+        for place in (record_path(name, 0).parent, significant_path(name, 0).parent, Path(BATCHES) / name):
+            if (folder.path / place).exists():
+                away = area.folder / place.parent.name
+                (folder.path / place).replace(away)
+                shutil.rmtree(away)
+
+
 def write_shard(folder: StoreFolder, area: Staging, name: str, shard: int, content: ShardContent) -> int:
     """Writes one shard of a batch and, when all of it is on disk, its record.
 

@@ -12,7 +12,7 @@ from schemas.store import StoreFolder
 from services.store import open_store
 from tests.bench.table import Row
 from tests.bench.throughput import Silent, draw, random_model, request
-from workers.decoding import decode_file
+from workers.decoding import decode_image
 from workers.ingest import run_ingest
 from workers.planning import plan_ingest
 
@@ -58,7 +58,7 @@ def _away(plan: object, store: Path) -> float:
     """Stored contributions against ``(u W_O) * gamma / sigma @ P`` of what the same forward pass read, in float64."""
     decomposition = plan.decomposition
     count = 32  # one batch of the ingest
-    images = [decode_file(plan.listing.path(row), plan.loaded.preprocess).pixels for row in range(count)]
+    images = [decode_image(plan.listing.place(row), plan.loaded.preprocess).pixels for row in range(count)]
     read: list[torch.Tensor] = []
     stock = decomposition._coefficients
 

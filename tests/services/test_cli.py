@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, how it ends, and no traceback for a mistake."""
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ VIT = ("--model", GOLDEN / "vit", "--device", "cpu")
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert [name for name in ("demo", "info", "ingest", "verify") if f"\n  {name} " not in out] == []
+    assert [name for name in ("demo", "drop", "fit", "info", "ingest", "verify") if f"\n  {name} " not in out] == []
 
 
 def test_ingest_plans_reconciles_and_does_nothing_twice(run: Run, scenes: Path, tmp_path: Path) -> None:
@@ -97,6 +98,33 @@ def test_fit_says_what_it_learnt_and_scores_follow_from_it(run: Run, scenes: Pat
     code, _, err = run("fit", scores)
     assert code == 1
     assert "fit a store that keeps coefficients" in err
+
+
+def test_a_batch_is_dropped_and_the_others_stay(
+    run: Run, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    for batch in ("one", "two"):
+        run("ingest", scenes, store, *VIT, "--batch", batch)
+    truth = open_store(store).heads(images=[name for name in ids(store) if name.startswith("two/")])
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    code, out, err = run("drop", store, "--batch", "one")
+    assert (code, err) == (1, "error: nothing was removed\n")
+    assert "Remove batch 'one' of 40 images" in out
+    assert len(ids(store)) == 80
+    code, out, _ = run("drop", store, "--batch", "one", "--yes")
+    assert (code, out.startswith("removed batch 'one' of 40 images, ")) == (0, True)
+    assert open_store(store).batches() == ["two"]
+    np.testing.assert_array_equal(open_store(store).heads(), truth)
+    assert run("verify", store)[0] == 0
+    code, _, err = run("drop", store, "--batch", "one", "--yes")
+    assert "has no batch 'one'; it has two" in err
+    assert run("ingest", scenes, store, *VIT, "--batch", "one")[0] == 0
+    assert len(ids(store)) == 80
+
+
+def ids(store: Path) -> list[str]:
+    return open_store(store).images()["image_id"].to_pylist()
 
 
 @pytest.mark.parametrize(

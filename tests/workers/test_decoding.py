@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from workers.decoding import decode, decode_file
+from workers.decoding import decode, decode_image
+from workers.sources.listing import FileImage
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -130,8 +131,8 @@ def test_damaged_files_never_raise(data: st.DataObject) -> None:
 
 def test_pipes_and_missing_files_do_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert decode_file(os.fsencode(tmp_path / "pipe"), pil_to_tensor).facts.error == "not a regular file"
-    error = decode_file(os.fsencode(tmp_path / "gone"), pil_to_tensor).facts.error
+    assert decode_image(FileImage(os.fsencode(tmp_path / "pipe")), pil_to_tensor).facts.error == "not a regular file"
+    error = decode_image(FileImage(os.fsencode(tmp_path / "gone")), pil_to_tensor).facts.error
     assert error == "cannot be read: No such file or directory"
 
 

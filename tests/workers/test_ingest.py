@@ -37,7 +37,8 @@ from tests.conftest import GOLDEN, Ingest, Recorder
 from workers.decoding import as_shown
 from workers.ingest import Outcome, run_ingest
 from workers.planning import plan_ingest
-from workers.sources import list_folder
+from workers.shards import drop_batch
+from workers.sources.folders import list_folder
 from workers.staging import staging
 
 
@@ -82,7 +83,7 @@ def test_rebuilt_contributions_are_as_near_as_their_type_allows(ingest: Ingest, 
     ingest(recipe=recipe)
     plan = plan_ingest(replace(ingest.request, recipe=recipe))
     listing = list_folder(ingest.request.source)
-    images = torch.stack([plan.loaded.preprocess(as_shown(Path(os.fsdecode(listing.path(i))))) for i in range(8)])
+    images = torch.stack([plan.loaded.preprocess(as_shown(Path(listing.place(i).source))) for i in range(8)])
     found = plan.decomposition.encode(images)["heads"].double().numpy()
     truth = np.einsum("nlhr,lhrd->nlhd", found, plan.decomposition.basis["heads"].astype(float))
     rebuilt = open_store(ingest.request.store).heads()[:8]
@@ -426,3 +427,27 @@ def in_thread(call: Callable[[], object]) -> None:
     """Runs a call in another thread: a lock's owner is let in again."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(call).result()
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_removal_that_was_stopped_leaves_no_half_of_a_batch(
+    ingest: Ingest, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    ingest()
+    folder = StoreFolder.open(ingest.request.store)
+    calls = []
+
+    def stopped(*_: object, **__: object) -> None:
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("workers.shards.shutil.rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        drop_batch(folder, "default")
+    monkeypatch.undo()
+    assert open_store(folder.path).images().num_rows == 0
+    if stop == 1:
+        drop_batch(folder, "default")
+    assert folder.batch_names() == []
+    assert ingest().stored == 40

@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import SourceError
-from workers.sources import as_path, list_folder
+from workers.sources.folders import list_folder
+from workers.sources.listing import as_path
+from workers.sources.opening import list_source, place_of
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -29,8 +32,8 @@ def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     listing = list_folder(tmp_path)
     names = [listing.name(i) for i in range(3)]
     assert names == ["mit Leerzeichen.png", "日本.png", "\\xff.png"]
-    assert [as_path(name) for name in names] == [file.path for file in listing.files]
-    assert all(os.path.exists(listing.path(i)) for i in range(3))  # noqa: PTH110
+    assert [as_path(name) for name in names] == [name.encode() for name in names[:2]] + [b"\xff.png"]
+    assert [listing.place(i).read() for i in range(3)] == [b"x", b"x", b""]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -44,7 +47,7 @@ def test_metadata_adds_columns_and_labels(tmp_path: Path, kind: str) -> None:
     listing = list_folder(tmp_path)
     assert listing.extra.column_names == ["year"]
     assert listing.extra["year"].to_pylist() == [3, 1, None]
-    assert listing.unmatched == ("gone.png",)
+    assert listing.notes == ("the metadata names 'gone.png', which is not in the folder",)
     assert listing.labels.to_pylist() == ["l3", "a", "a"]
 
 
@@ -90,10 +93,10 @@ def test_an_empty_a_missing_and_no_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="nothing to ingest"):
         list_folder(tmp_path)
     with pytest.raises(SourceError, match="does not exist"):
-        list_folder(tmp_path / "x")
+        list_source(tmp_path / "x")
     touch(tmp_path, "f")
-    with pytest.raises(SourceError, match="is a file"):
-        list_folder(tmp_path / "f")
+    with pytest.raises(SourceError, match="is a file that is no source: give a folder, tars"):
+        list_source(tmp_path / "f")
 
 
 def test_names_and_labels_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ def test_names_and_labels_that_look_like_numbers_stay_text(tmp_path: Path) -> No
     (tmp_path / "metadata.csv").write_text("file_name,label\n0001,007\n./a/0002,True\n")
     listing = list_folder(tmp_path)
     assert listing.labels.to_pylist() == ["007", "True"]
-    assert listing.unmatched == ()
+    assert listing.notes == ()
 
 
 @pytest.mark.parametrize("column", [pa.array([[1]]), pa.array([{"a": 1}])])
@@ -127,3 +130,22 @@ def test_the_digest_changes_with_sizes(tmp_path: Path) -> None:
     before = list_folder(tmp_path).digest()
     (tmp_path / "a.png").write_bytes(b"xy")
     assert list_folder(tmp_path).digest() != before
+
+
+def test_a_name_like_that_of_a_member_is_read_back(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar::b.png")
+    place = list_folder(tmp_path).place(0)
+    assert place_of(place.source) == place
+    assert place.read() == b"x"
+
+
+def test_ten_thousand_names_are_columns_and_no_objects(tmp_path: Path) -> None:
+    for folder in range(10):
+        (tmp_path / f"{folder}").mkdir()
+        for file in range(1000):
+            (tmp_path / f"{folder}/{file:04d}").touch()
+    before = len(gc.get_objects())
+    listing = list_folder(tmp_path)
+    assert len(listing) == 10_000
+    assert len(gc.get_objects()) - before < 1000
+    assert [listing.name(at) for at in (0, 9_999)] == ["0/0000", "9/0999"]

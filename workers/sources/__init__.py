@@ -1,0 +1,1 @@
+"""Where images come from: folders, tars, tables of bytes, lists of files."""
