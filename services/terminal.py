@@ -148,8 +148,10 @@ def verify_and_show(console: Console, store: Path, sample: int, device: str) -> 
             console.print(f"largest difference from the stored output: {found.representation:.1e}")
         if found.total is not None:
             console.print(f"largest difference from the sum of contributions: {found.total:.1e}")
-        if opened.manifest.recipe.output_layers:
-            console.print("neurons were checked by their checksums alone: they are no terms of that sum")
+        if found.neurons is not None and opened.manifest.recipe.level == "significant":
+            console.print("significant scores were checked by their checksums alone")
+        elif found.neurons is not None:
+            console.print(f"largest difference from the stored neurons: {found.neurons:.1e}")
     for problem in problems:
         console.print(f"problem: {problem}")
     counted = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

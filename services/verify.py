@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,8 @@ from workers.decoding import Decoded, FileFacts, decode_image
 from workers.models import LoadedModel, load_model
 from workers.precision import autocast
 from workers.sources.opening import place_of
+from workers.towers import decompose
+from workers.vit import VitDecomposition
 
 # How far a sum over the stored parts may be from the representation, relative to it: the precision of the model's
 # arithmetic, plus half a unit in the last place of each stored part.
@@ -44,6 +47,7 @@ class Sample:
     unavailable: int  # their files are gone or changed
     representation: float  # the largest difference between stored and anew
     total: float | None  # between the sum of contributions and anew; None where not all parts are captured
+    neurons: float | None  # between what is stored of neurons and anew, relative to itself; None where nothing is
     problems: tuple[str, ...]
 
 
@@ -77,18 +81,35 @@ def verify_sample(store: Store, count: int, device: str) -> Sample:
         raise StoreMismatchError(f"{known.name} has other weights now than those that made {store.folder.path}")
     stored = store.images().num_rows
     chosen = np.unique(np.linspace(0, stored - 1, min(count, stored)).astype(np.intp))
-    parts = [_sample_some(store, loaded, chosen[at : at + _AT_ONCE]) for at in range(0, len(chosen), _AT_ONCE)]
+    scoring = _neurons_anew(store, loaded)
+    parts = [_sample_some(store, loaded, scoring, chosen[at : at + _AT_ONCE]) for at in range(0, len(chosen), _AT_ONCE)]
     totals = [part.total for part in parts if part.total is not None]
+    neurons = [part.neurons for part in parts if part.neurons is not None]
     return Sample(
         images=sum(part.images for part in parts),
         unavailable=sum(part.unavailable for part in parts),
         representation=max((part.representation for part in parts), default=0.0),
         total=max(totals, default=None),
+        neurons=max(neurons, default=None),
         problems=tuple(problem for part in parts for problem in part.problems),
     )
 
 
-def _sample_some(store: Store, loaded: LoadedModel, chosen: NDArray[np.intp]) -> Sample:
+def _neurons_anew(store: Store, loaded: LoadedModel) -> VitDecomposition | None:
+    """What computes a transformer's neurons again, beside the stock model, from the store's own basis and fit."""
+    recipe = store.manifest.recipe
+    if not recipe.output_layers:
+        return None
+    decomposition = decompose(deepcopy(loaded.clip.visual), recipe, store.folder.basis())
+    assert isinstance(decomposition, VitDecomposition), "only transformers have such layers"
+    if recipe.fit is not None:
+        decomposition.score_by(store.fit(recipe.fit))
+    return decomposition
+
+
+def _sample_some(
+    store: Store, loaded: LoadedModel, scoring: VitDecomposition | None, chosen: NDArray[np.intp]
+) -> Sample:
     pixels, names = [], []
     for row in store.images().take(chosen).to_pylist():
         decoded = _decoded(row["source"], loaded)
@@ -96,9 +117,32 @@ def _sample_some(store: Store, loaded: LoadedModel, chosen: NDArray[np.intp]) ->
             pixels.append(decoded.pixels)
             names.append(row["image_id"])
     if not names:
-        return Sample(0, len(chosen), 0.0, None, ())
-    anew = _encode(loaded, torch.stack(pixels), store.manifest.recipe.precision)  # (N, D)
-    return _compare(store, names, anew, len(chosen) - len(names))
+        return Sample(0, len(chosen), 0.0, None, None, ())
+    batch = torch.stack(pixels)
+    anew = _encode(loaded, batch, store.manifest.recipe.precision)  # (N, D)
+    sample = _compare(store, names, anew, len(chosen) - len(names))
+    if scoring is None:
+        return sample
+    largest, problems = _compare_neurons(store, names, scoring.encode(batch.to(loaded.device)))
+    return replace(sample, neurons=largest, problems=(*sample.problems, *problems))
+
+
+def _compare_neurons(store: Store, names: list[str], anew: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
+    """The largest difference of what is stored of neurons, and where it is too large."""
+    recipe, largest, problems = store.manifest.recipe, 0.0, []
+    allowed = 10 * _ARITHMETIC[recipe.precision] + _ROUNDING[recipe.dtype]
+    for name in (name for name in store.folder.specs if name.startswith(("neuron", "direct"))):
+        truth = anew[name].float().cpu().flatten(1).numpy()  # (N, ...)
+        found = store.coefficients(name, images=names).astype(np.float32).reshape(truth.shape)
+        lengths = np.maximum(np.linalg.norm(truth, axis=1), np.finfo(np.float32).tiny)
+        away = np.linalg.norm(found - truth, axis=1) / lengths  # (N,)
+        problems += [
+            f"{image}: {name} is {distance:.1e} of its norm away from what the model gives"
+            for image, distance in zip(names, away, strict=True)
+            if not distance <= allowed
+        ]
+        largest = max(largest, float(away.max()))
+    return largest, problems
 
 
 def _decoded(source: str, loaded: LoadedModel) -> Decoded:
@@ -130,7 +174,7 @@ def _compare(store: Store, names: list[str], anew: NDArray[np.float32], unavaila
             if not distance <= allowed
         ]
         total = float(missing.max())
-    return Sample(len(names), unavailable, float(away.max()), total, tuple(problems))
+    return Sample(len(names), unavailable, float(away.max()), total, None, tuple(problems))
 
 
 def _summed(store: Store, names: list[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:

@@ -11,7 +11,6 @@ from typing import Final
 
 import pyarrow as pa
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 
 from schemas.errors import DamagedStoreError, PlanError, SourceError, StoreMismatchError, UnsupportedModelError
 from schemas.fits import Fit
@@ -35,9 +34,9 @@ from workers.decomposition import Decomposition
 from workers.fit_planning import check_scoring, checked_fit, find_fit
 from workers.models import LoadedModel, load_model
 from workers.request import Request
-from workers.resnet import ResnetDecomposition
 from workers.sources.listing import Listing
 from workers.sources.opening import list_source
+from workers.towers import decompose
 from workers.vit import VitDecomposition
 
 _DEVICES: Final = ("cpu", "cuda", "mps")
@@ -224,18 +223,15 @@ def _decomposition(
     request: Request, recipe: Recipe, loaded: LoadedModel, folder: StoreFolder | None, fit: Fit | None
 ) -> Decomposition:
     basis = folder.basis() if folder is not None else None
-    vision = loaded.clip.visual
     try:
-        if isinstance(vision, ModifiedResNet):
-            return ResnetDecomposition(vision, recipe, basis=basis)
-        decomposition = VitDecomposition(vision, recipe, basis=basis)
+        decomposition = decompose(loaded.clip.visual, recipe, basis)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{request.model} cannot be decomposed exactly: {error}; supported are open_clip's ModifiedResNets, and "
             "VisionTransformers with standard attention that read the class token, average patch tokens, or pool with "
             "one learned query"
         ) from error
-    if fit is not None:
+    if fit is not None and isinstance(decomposition, VitDecomposition):
         check_scoring(request, decomposition, fit)
         decomposition.score_by(fit)
     return decomposition

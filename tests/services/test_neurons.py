@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from services.stored import StoredImages
 from services.verify import verify_checksums, verify_sample
 from tests.conftest import GOLDEN, Ingest
 from workers.shards import add_fit
+from workers.vit import VitDecomposition
 
 LAYERS = (0, 2)
 
@@ -166,6 +168,24 @@ def test_verify_knows_pairs_and_scores(ingest: Ingest, levels: dict[str, Store])
     assert sample.total < 1e-3
     assert verify_checksums(levels["significant"].folder).problems == ()
     assert verify_checksums(levels["significant"].folder).objects == 6 * 3
+
+
+@pytest.mark.parametrize("level", ["coefficients", "scores"])
+def test_verify_encodes_neurons_anew(levels: dict[str, Store], monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    sample = verify_sample(levels[level], 5, "cpu")
+    assert sample.problems == ()
+    assert sample.neurons is not None
+    assert sample.neurons < 1e-4
+    encode = VitDecomposition.encode
+
+    def other(self: VitDecomposition, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = encode(self, images)
+        return {name: values * (1.01 if name.startswith("neuron") else 1) for name, values in found.items()}
+
+    monkeypatch.setattr(VitDecomposition, "encode", other)
+    problems = verify_sample(levels[level], 5, "cpu").problems
+    assert len(problems) == 5 * 2
+    assert all("of its norm away from what the model gives" in problem for problem in problems)
 
 
 def test_a_missing_or_changed_table_of_scores_is_found(ingest: Ingest, levels: dict[str, Store]) -> None:
@@ -324,7 +344,6 @@ def test_a_plan_that_does_not_fit_the_disk_is_refused_unless_forced(
 
 def test_neurons_past_float16_are_an_error_that_names_them(ingest: Ingest, monkeypatch: pytest.MonkeyPatch) -> None:
     from schemas.errors import PrecisionError  # noqa: PLC0415
-    from workers.vit import VitDecomposition  # noqa: PLC0415
 
     encode = VitDecomposition.encode
 
