@@ -25,6 +25,7 @@ Scores = tuple[Contributions, Contributions]  # norms and projections
 
 _SCORES: Final = [SIGNIFICANT_COLUMNS.field(name) for name in ("norm", "projection")]
 _NEURON: Final = [SIGNIFICANT_COLUMNS.field(name) for name in ("layer", "neuron")]
+_KEPT: Final = ["layer", "neuron", "norm", "projection"]
 _FOUND: Final = pa.schema([pa.field("image_id", pa.string()), *_NEURON, *_SCORES])
 _FOUND_PAIRS: Final = pa.schema(
     [pa.field("image_id", pa.string()), _NEURON[1], pa.field("head", pa.int16(), nullable=False), *_SCORES]
@@ -147,12 +148,19 @@ class Neurons:
     def significant(self, layer: int, neurons: Indices, fit: Fit) -> pa.Table:
         """One row per image and neuron over its threshold, by neuron and falling norm."""
         images, recipe = self._stored.stored[0]["image_id"], self._stored.manifest.recipe
-        thresholds = fit.thresholds(layer)
-        if recipe.level == "scores":  # what was rounded is compared with what is rounded alike
-            thresholds = thresholds.astype(recipe.dtype)
-        elif recipe.level == "significant":  # whatever was kept
-            thresholds = np.zeros_like(thresholds)
+        order = [("neuron", "ascending"), ("norm", "descending")]
         tables = [_FOUND.empty_table()]
+        if recipe.level == "significant":
+            for places, table in self._recorded(layer, neurons, None):
+                columns = {
+                    "image_id": images.take(pa.array(places)),
+                    **dict(zip(_KEPT, table.select(_KEPT), strict=True)),
+                }
+                tables.append(pa.table(columns, schema=_FOUND))
+            return pa.concat_tables(tables).sort_by(order)
+        thresholds = fit.thresholds(layer)
+        if recipe.level == "scores":  # what was rounded is compared with what is rounded alike, and never with zero
+            thresholds = np.maximum(thresholds.astype(recipe.dtype), np.finfo(recipe.dtype).smallest_subnormal)
         for block in blocks(len(neurons), 8 * max(1, self._stored.count(None))):
             some = neurons[block]
             norms, projections = self.scores(layer, some, None, fit)  # (N, n)
@@ -165,7 +173,7 @@ class Neurons:
                 "projection": projections[image, at],
             }
             tables.append(pa.table(columns, schema=_FOUND))
-        return pa.concat_tables(tables).sort_by([("neuron", "ascending"), ("norm", "descending")])
+        return pa.concat_tables(tables).sort_by(order)
 
     def significant_pairs(self, neurons: Indices, heads: Indices, fit: Fit) -> pa.Table:
         """One row per image and pair over its threshold, by pair and falling norm."""
@@ -273,16 +281,22 @@ class Neurons:
         images, back = np.unique(every, return_inverse=True)
         columns, back_columns = np.unique(neurons, return_inverse=True)
         found = np.full((2, len(images), len(columns)), np.nan, np.float32)
-        for block in self._stored.rows(images).blocks():
-            table = self._stored.folder.significant(block.batch, block.shard, layer, columns.tolist())
-            at = np.searchsorted(block.rows, table["row"].to_numpy())
-            known = at < len(block.rows)
-            known[known] = block.rows[at[known]] == table["row"].to_numpy()[known]
-            places = block.places[at[known]], np.searchsorted(columns, table["neuron"].to_numpy()[known])
+        for places, table in self._recorded(layer, columns, images):
+            at = np.searchsorted(columns, table["neuron"].to_numpy())
             for values, name in zip(found, ("norm", "projection"), strict=True):
-                values[places] = table[name].to_numpy()[known]
+                values[places, at] = table[name].to_numpy()
         norms, projections = found[:, back][:, :, back_columns]
         return norms, projections
+
+    def _recorded(self, layer: int, neurons: Indices, images: Indices | None) -> Iterator[tuple[Indices, pa.Table]]:
+        """The significant scores of some images, all different, shard by shard: places among the images, and rows."""
+        for block in self._stored.rows(images).blocks():
+            table = self._stored.folder.significant(block.batch, block.shard, layer, neurons.tolist())
+            rows_kept = table["row"].to_numpy()
+            at = np.searchsorted(block.rows, rows_kept)
+            known = at < len(block.rows)
+            known[known] = block.rows[at[known]] == rows_kept[known]
+            yield block.places[at[known]], table.filter(pa.array(known))
 
     def _pair_numbers(self, neurons: Indices, heads: Indices, chosen: Indices | None) -> Floats:
         return self._stored.read("pairs", chosen, (neurons, heads))

@@ -27,7 +27,7 @@ def find_fit(request: Request, folder: StoreFolder | None) -> StoreFolder | None
             raise PlanError("a fit makes scores of neurons: add --neurons scores, or leave out --fit")
         return None
     if folder is not None:
-        name = folder.fit(folder.manifest.recipe.fit).name
+        name = folder.fit_description(folder.manifest.recipe.fit).name
         if request.fit is not None and request.fit.exists() and name not in StoreFolder.open(request.fit).fit_names():
             raise StoreMismatchError(
                 f"the scores in {request.store} were made by the fit {name}, which {request.fit} does not have: "

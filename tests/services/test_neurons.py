@@ -381,6 +381,9 @@ def test_neurons_that_do_nothing_are_significant_nowhere(ingest: Ingest, tmp_pat
     assert 251 * 6 <= store.significant(1, slice(5, None)).num_rows <= 251 * 6 * 1.02
     assert (store.directions(1, neuron=slice(0, 5)) == 0).all()
     assert (store.neurons(1, slice(0, 5), what="norms") == 0).all()
+    rounded, recipe = tmp_path / "rounded", capturing("neurons:1", dtype="float16", level="scores")
+    ingest(store=rounded, model=model, recipe=recipe, fit=folder.path)
+    assert open_store(rounded).significant(1, slice(0, 5)).num_rows == 0
     kept = tmp_path / "kept"
     ingest(
         store=kept, model=model, recipe=capturing("neurons:1", dtype="float16", level="significant"), fit=folder.path
