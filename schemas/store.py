@@ -255,13 +255,10 @@ def _attributes(path: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        missing = (
-            "is empty"
-            if path.is_dir() and not any(path.iterdir())
-            else "holds no zarr.json"
-            if path.is_dir()
-            else "does not exist"
-        )
+        if path.is_dir() and any(path.iterdir()):  # a store is not to be made among other things
+            message = f"{path} holds no zarr.json, so it is no store: name one that 'spectrograph ingest' made"
+            raise NotAStoreError(message) from None
+        missing = "is empty" if path.is_dir() else "does not exist"
         raise NotAStoreError(
             f"{path} {missing}, so it is no store: make one with 'spectrograph ingest SOURCE {path}'"
         ) from None
